@@ -1,0 +1,1 @@
+"""Files: reading and writing at offsets, safetensors layouts, checkpoints, publishing, the Hub."""

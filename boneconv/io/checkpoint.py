@@ -1,0 +1,240 @@
+"""A base checkpoint on disk: which files hold its weights, which lie beside them.
+
+The index is trusted over the folder's listing: weight files that it does not name are stale copies
+and are neither read nor carried over.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from boneconv.errors import FormatError, MissingPathError, NameMatchError, listing
+from boneconv.io.safetensors import SafetensorsFile, StoredTensor, read_header
+from boneconv.strict_json import read_object
+
+__all__ = ["Checkpoint", "is_weight_copy", "open_checkpoint"]
+
+_INDEX_SUFFIX = ".safetensors.index.json"
+_SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+
+#: Files and folders that hold a model's weights in some form. Those that the plan does not write
+#: are left out of a merged folder, since they would hold the unmerged weights.
+_WEIGHTS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.gguf",
+    "*.ggml",
+    "*.onnx",
+    "*.onnx_data",
+    "*.onnx.data",
+    "*.tflite",
+    "*.mlmodel",
+    "*.ot",
+)
+_WEIGHT_FOLDERS = ("onnx", "original", "openvino", "coreml")
+_NOT_THE_MODEL = (".git", ".cache", "__pycache__", ".gitattributes")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of safetensors files; only headers have been read.
+
+    Attributes:
+        root: Its folder.
+        shards: The weight files by name, relative to the folder.
+        tensors: Every tensor by name, in shard order.
+        shard_of: The shard that holds a tensor.
+        index_name: The index's file name, where there is one.
+        index: The index's content.
+        single_file: Whether the checkpoint was given as one file, without a folder around it.
+        side_files: The other files to carry over, relative to the folder.
+        left_out: Other copies of the weights, relative to the folder.
+    """
+
+    root: Path
+    shards: Mapping[str, SafetensorsFile]
+    tensors: Mapping[str, StoredTensor]
+    shard_of: Mapping[str, str]
+    index_name: str | None = None
+    index: Mapping[str, Any] = field(default_factory=dict)
+    single_file: bool = False
+    side_files: tuple[PurePosixPath, ...] = ()
+    left_out: tuple[PurePosixPath, ...] = ()
+
+    @property
+    def config(self) -> Path | None:
+        """The config.json beside the weights, where there is one."""
+        path = self.root / "config.json"
+        return path if path.is_file() else None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Reads the headers of a checkpoint.
+
+    Args:
+        path: A folder, or one ``.safetensors`` file.
+
+    Raises:
+        MissingPathError: The path, or a shard that the index names, is not there.
+        FormatError: A file is malformed, the index contradicts the shards or names a file outside
+            the folder, or the folder holds no weights that can be read.
+        NameMatchError: Two shards hold a tensor of one name.
+    """
+    if path.is_file():
+        return _build(path.parent, [path.name], None, {}, single_file=True)
+    if not path.is_dir():
+        raise MissingPathError("no such file or folder", path=path)
+    index_path = _find_index(path)
+    if index_path is None:
+        return _build(path, [_single_weights(path)], None, {}, single_file=False)
+    index = read_object(index_path)
+    names = _shard_names(index, index_path)
+    found = _build(path, names, index_path.name, index, single_file=False)
+    _check_index(found, index_path)
+    return found
+
+
+def is_weight_copy(name: PurePosixPath) -> bool:
+    """Whether a file of a model folder holds weights, in whatever form."""
+    in_folder = any(part in _WEIGHT_FOLDERS for part in name.parts[:-1])
+    return in_folder or any(fnmatch.fnmatch(name.name, pattern) for pattern in _WEIGHTS)
+
+
+def _find_index(folder: Path) -> Path | None:
+    found = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
+    if len(found) > 1:
+        raise FormatError(
+            f"several weight indexes: {listing([p.name for p in found])}",
+            path=folder,
+            hint="Keep the one that belongs to the model",
+        )
+    if not found:
+        return None
+    single = folder / found[0].name.removesuffix(".index.json")
+    if single.exists() and single.name not in _shard_names(read_object(found[0]), found[0]):
+        raise FormatError(
+            f"holds both {single.name} and {found[0].name}, which does not name it",
+            path=folder,
+            hint="Loaders disagree on which of the two is the model; remove the stale one",
+        )
+    return found[0]
+
+
+def _single_weights(folder: Path) -> str:
+    for name in _SINGLE_NAMES:
+        if (folder / name).is_file():
+            return name
+    found = sorted(p.name for p in folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise FormatError(
+            f"several safetensors files and no index: {listing(found)}",
+            path=folder,
+            expected=f"model.safetensors, or model{_INDEX_SUFFIX}",
+        )
+    others = sorted(p.name for p in folder.iterdir() if is_weight_copy(PurePosixPath(p.name)))
+    raise FormatError(
+        "holds no safetensors weights",
+        path=folder,
+        expected=f"model.safetensors, or model{_INDEX_SUFFIX} and its shards",
+        found=listing(others) if others else "no weights",
+        hint="Load the model and save it with save_pretrained, which writes safetensors"
+        if others
+        else None,
+    )
+
+
+def _shard_names(index: Mapping[str, Any], path: Path) -> list[str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError("the index has no weight_map", path=path)
+    names = list(dict.fromkeys(weight_map.values()))
+    for name in names:
+        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):  # noqa: PTH119
+            raise FormatError(
+                f"the index points outside its folder: {name!r}",
+                path=path,
+                expected="plain file names",
+                hint="Do not use this checkpoint unless you trust where it came from",
+            )
+        if "\\" in name or "\0" in name or not name.endswith(".safetensors"):
+            raise FormatError(
+                f"the index names a file that is no safetensors file: {name!r}", path=path
+            )
+    return sorted(names)
+
+
+def _build(
+    root: Path,
+    names: Iterable[str],
+    index_name: str | None,
+    index: Mapping[str, Any],
+    *,
+    single_file: bool,
+) -> Checkpoint:
+    shards = {name: read_header(root / name) for name in names}
+    tensors: dict[str, StoredTensor] = {}
+    shard_of: dict[str, str] = {}
+    for shard_name, shard in shards.items():
+        for name, tensor in shard.tensors.items():
+            if name in shard_of:
+                raise NameMatchError(
+                    f"the tensor {name!r} stands in two shards",
+                    path=root,
+                    found=f"{shard_of[name]} and {shard_name}",
+                )
+            tensors[name] = tensor
+            shard_of[name] = shard_name
+    own = {*shards, index_name}
+    side_files, left_out = ([], []) if single_file else _other_files(root, own)
+    return Checkpoint(
+        root,
+        shards,
+        tensors,
+        shard_of,
+        index_name,
+        index,
+        single_file,
+        tuple(side_files),
+        tuple(left_out),
+    )
+
+
+def _check_index(checkpoint: Checkpoint, path: Path) -> None:
+    listed: dict[str, str] = checkpoint.index["weight_map"]
+    absent = [name for name, shard in listed.items() if checkpoint.shard_of.get(name) != shard]
+    if absent:
+        raise FormatError(
+            f"the index names tensors that their shards do not hold: {listing(absent)}",
+            path=path,
+            hint="Index and shards are of different versions; download both again",
+        )
+
+
+def _other_files(
+    root: Path, own: set[str | None]
+) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
+    side_files: list[PurePosixPath] = []
+    left_out: list[PurePosixPath] = []
+    for folder, folders, names in os.walk(root, followlinks=False):
+        folders[:] = sorted(name for name in folders if name not in _NOT_THE_MODEL)
+        here = PurePosixPath(Path(folder).relative_to(root).as_posix())
+        for name in sorted(names):
+            relative = here / name
+            if str(relative) in own or name in _NOT_THE_MODEL:
+                continue
+            (left_out if is_weight_copy(relative) else side_files).append(relative)
+    return side_files, left_out

@@ -1,0 +1,71 @@
+"""Tensors out of torch's own files (``.bin``, ``.pth``), never by running code.
+
+``weights_only=True`` restricts the unpickler to tensors and plain containers. torch is imported
+only when such a file is read.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from boneconv.dtypes import BF16
+from boneconv.errors import FormatError, MissingPathError
+from boneconv.io.safetensors import ArrayTensor
+
+__all__ = ["read_torch_file", "to_numpy"]
+
+
+def read_torch_file(path: Path) -> dict[str, ArrayTensor]:
+    """The tensors of a state dict that ``torch.save`` wrote, mapped rather than loaded.
+
+    Raises:
+        MissingPathError: There is no such file.
+        FormatError: The file is damaged, holds anything but tensors, or a dtype that cannot be
+            merged.
+    """
+    import torch
+
+    if not path.is_file():
+        raise MissingPathError("no such file", path=path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise FormatError(
+            "refused: the file holds more than tensors, and reading that could run code",
+            path=path,
+            hint="Save the adapter as safetensors with the library that made it",
+        ) from error
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
+        raise FormatError(
+            "not a torch file, or a damaged one", path=path, hint="Download or copy it again"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise FormatError("holds no state dict", path=path, found=type(content).__name__)
+    return {
+        str(name): ArrayTensor(str(name), to_numpy(value, f"{path}: {name}"))
+        for name, value in content.items()
+    }
+
+
+def to_numpy(value: Any, where: str) -> NDArray[Any]:
+    """A torch tensor of a float dtype as a numpy array that shares its memory.
+
+    Raises:
+        FormatError: ``value`` is no tensor, or one of another dtype.
+    """
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        raise FormatError("expected a tensor", path=where, found=type(value).__name__)
+    value = value.detach().contiguous()
+    if value.dtype == torch.bfloat16:
+        return np.asarray(value.view(torch.uint16).numpy()).view(BF16)
+    if value.dtype not in (torch.float16, torch.float32, torch.float64):
+        raise FormatError("a dtype that cannot be merged", path=where, found=value.dtype)
+    return np.asarray(value.numpy())
