@@ -60,7 +60,7 @@ class Checkpoint:
         index: The index's content.
         single_file: Whether the checkpoint was given as one file, without a folder around it.
         side_files: The other files to carry over, relative to the folder.
-        left_out: Other copies of the weights, relative to the folder.
+        left_out: Other copies of the weights, and linked folders, relative to the folder.
     """
 
     root: Path
@@ -161,8 +161,9 @@ def _shard_names(index: Mapping[str, Any], path: Path) -> list[str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError("the index has no weight_map", path=path)
-    names = list(dict.fromkeys(weight_map.values()))
-    for name in names:
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise FormatError("the index's metadata is no object", path=path)
+    for name in weight_map.values():
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):  # noqa: PTH119
             raise FormatError(
                 f"the index points outside its folder: {name!r}",
@@ -174,7 +175,7 @@ def _shard_names(index: Mapping[str, Any], path: Path) -> list[str]:
             raise FormatError(
                 f"the index names a file that is no safetensors file: {name!r}", path=path
             )
-    return sorted(names)
+    return sorted(set(weight_map.values()))
 
 
 def _build(
@@ -232,6 +233,7 @@ def _other_files(
     for folder, folders, names in os.walk(root, followlinks=False):
         folders[:] = sorted(name for name in folders if name not in _NOT_THE_MODEL)
         here = PurePosixPath(Path(folder).relative_to(root).as_posix())
+        left_out += [here / name for name in folders if (Path(folder) / name).is_symlink()]
         for name in sorted(names):
             relative = here / name
             if str(relative) in own or name in _NOT_THE_MODEL:

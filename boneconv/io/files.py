@@ -102,12 +102,18 @@ class Reader(_File):
 
 
 class Writer(_File):
-    """A new file of a known size that several threads write at offsets."""
+    """A file of a fixed size that several threads or processes write at offsets.
 
-    def __init__(self, path: Path, size: int) -> None:
-        super().__init__(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        with machine_errors(path):
-            os.ftruncate(self._fd, size)
+    Args:
+        path: The file.
+        size: Makes a new file of this many bytes; without it, opens one that exists.
+    """
+
+    def __init__(self, path: Path, size: int | None = None) -> None:
+        super().__init__(path, os.O_RDWR | (0 if size is None else os.O_CREAT | os.O_TRUNC))
+        if size is not None:
+            with machine_errors(path):
+                os.ftruncate(self._fd, size)
 
     def write_at(self, data: memoryview | bytes, offset: int) -> None:
         """Writes bytes at an offset; raises DiskFullError or MachineError."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from boneconv.dtypes import BF16
-from boneconv.errors import FormatError, MissingPathError
+from boneconv.errors import FormatError, MissingPathError, listing
 from boneconv.io.safetensors import ArrayTensor
 
 __all__ = ["read_torch_file", "to_numpy"]
@@ -48,7 +48,7 @@ def read_torch_file(path: Path) -> dict[str, ArrayTensor]:
     if not isinstance(content, Mapping):
         raise FormatError("holds no state dict", path=path, found=type(content).__name__)
     return {
-        str(name): ArrayTensor(str(name), to_numpy(value, f"{path}: {name}"))
+        str(name): ArrayTensor(str(name), to_numpy(value, f"{path}: {listing([str(name)])}"))
         for name, value in content.items()
     }
 
@@ -63,6 +63,10 @@ def to_numpy(value: Any, where: str) -> NDArray[Any]:
 
     if not isinstance(value, torch.Tensor):
         raise FormatError("expected a tensor", path=where, found=type(value).__name__)
+    if value.layout != torch.strided or value.is_meta:
+        raise FormatError(
+            "not a dense tensor", path=where, found="no values" if value.is_meta else value.layout
+        )
     value = value.detach().contiguous()
     if value.dtype == torch.bfloat16:
         return np.asarray(value.view(torch.uint16).numpy()).view(BF16)

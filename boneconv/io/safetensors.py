@@ -130,6 +130,8 @@ def read_header(path: Path) -> SafetensorsFile:
         FormatError: The file breaks a rule of the safetensors format.
         MissingPathError: There is no such file.
     """
+    if path.exists() and not path.is_file():
+        raise FormatError("not a regular file", path=path)
     with Reader(path) as reader:
         size = path.stat().st_size
         if size < 8:
@@ -232,16 +234,27 @@ def _tensor(path: Path, data_start: int, name: str, entry: Any) -> StoredTensor:
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise FormatError(f"{name!r} has a malformed shape or offset", path=path)
     begin, end = offsets
-    bits = math.prod(shape) * SIZES[dtype]
+    bits = _elements(shape) * SIZES[dtype]
+    length = f"{bits} bits" if bits % 8 else f"{bits // 8} bytes"
     if bits % 8 or end - begin != bits // 8:
         raise FormatError(
             f"the length of {name!r} contradicts its shape",
             path=path,
-            expected=f"{bits / 8:g} bytes for {dtype} {shape}",
+            expected=f"{length} for {dtype} {shape}",
             found=f"{end - begin}",
             hint=_BROKEN,
         )
     return StoredTensor(path, name, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _elements(shape: Sequence[int]) -> int:
+    """The product of a shape, as far as 2**63: nobody has to multiply a million dimensions."""
+    product = 1
+    for size in shape:
+        product *= size
+        if product >= 2**63:
+            break
+    return product
 
 
 def _are_sizes(values: Any) -> bool:

@@ -24,6 +24,7 @@ from boneconv.errors import (
     DiskFullError,
     InputError,
     OutputExistsError,
+    UsageError,
 )
 from boneconv.io.files import machine_errors, sync_folder
 from boneconv.io.lock import Lock
@@ -65,13 +66,15 @@ class Staging:
         self._lock = Lock(self.root / "lock")
         self._old = self.root / "old"
         self._journal = self.root / "journal"
-        self._restore_old()
-        resumed = self._resume(key)
-        if resumed is None:
-            self._start(key)
-        self.finished = resumed or {}
-        if not is_file:
-            self.target.mkdir(exist_ok=True)
+        try:
+            self._restore_old()
+            check_free(out, force=force)
+            self.finished = self._resume_or_start(key)
+            if not is_file:
+                self.target.mkdir(exist_ok=True)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def record(self, name: str, entry: dict[str, Any]) -> None:
         """Notes in the journal that a part of the output is complete and flushed."""
@@ -99,9 +102,13 @@ class Staging:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is None or isinstance(error, InputError | CheckFailedError):
-            shutil.rmtree(self.root, ignore_errors=True)
-        self._lock.release()
+        try:
+            if error is not None:
+                self._restore_old()
+            if error is None or isinstance(error, InputError | CheckFailedError):
+                shutil.rmtree(self.root, ignore_errors=True)
+        finally:
+            self._lock.release()
 
     def _require_own_folder(self) -> None:
         """Work in progress is removed in the end: that must not hit somebody else's folder."""
@@ -121,25 +128,28 @@ class Staging:
                 else:
                     self._old.rename(self.out)
 
-    def _resume(self, key: str) -> dict[str, dict[str, Any]] | None:
-        try:
-            lines = self._journal.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return None
+    def _resume_or_start(self, key: str) -> dict[str, dict[str, Any]]:
+        """What an earlier run with the same key finished; otherwise a new start."""
+        with machine_errors(self._journal):
+            text = b"" if not self._journal.exists() else self._journal.read_bytes()
+        lines = text.decode("utf-8", errors="replace").split("\n")
         entries = [entry for entry in map(_parse_line, lines) if entry is not None]
-        if not entries or entries[0].get("key") != key:
-            return None
-        return {str(entry["name"]): entry for entry in entries[1:] if "name" in entry}
-
-    def _start(self, key: str) -> None:
+        if entries and entries[0].get("key") == key:
+            if not text.endswith(b"\n"):
+                self._write("\n")  # a kill tore the last line
+            return {str(entry["name"]): entry for entry in entries[1:] if "name" in entry}
         with machine_errors(self.root):
             _remove(self.target)
-            self._journal.write_text("", encoding="utf-8")
+            self._journal.write_bytes(b"")
         self._append({"key": key})
+        return {}
 
     def _append(self, entry: dict[str, Any]) -> None:
+        self._write(json.dumps(entry, sort_keys=True) + "\n")
+
+    def _write(self, text: str) -> None:
         with machine_errors(self._journal), self._journal.open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps(entry, sort_keys=True) + "\n")
+            journal.write(text)
             journal.flush()
             os.fsync(journal.fileno())
 
@@ -160,7 +170,9 @@ def require_space(out: Path, nbytes: int) -> None:
 
 
 def check_free(out: Path, *, force: bool) -> None:
-    """Raises OutputExistsError if OUT exists and may not be replaced."""
+    """Raises OutputExistsError if OUT may not be replaced, UsageError if it has no name."""
+    if out.name in ("", ".."):
+        raise UsageError("the output needs a name of its own", path=out)
     if os.path.lexists(out) and not force:
         raise OutputExistsError(
             "the output exists already",

@@ -1,0 +1,190 @@
+"""BoneConfig: every field of PEFT's Bone and MiSS configurations, and every value that cannot be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from boneconv.config import CONFIG_NAME, Axis, BoneConfig, Variant
+from boneconv.errors import BoneconvError, ConfigError, FormatError, NotABoneAdapterError
+
+#: All fields, none at its default.
+FULL: dict[str, Any] = {
+    "task_type": "CAUSAL_LM",
+    "peft_type": "BONE",
+    "auto_mapping": {"base_model_class": "LlamaModel", "parent_library": "transformers"},
+    "base_model_name_or_path": "owner/base",
+    "revision": "main",
+    "inference_mode": True,
+    "r": 16,
+    "target_modules": ["q_proj", "v_proj"],
+    "exclude_modules": ["lm_head"],
+    "init_weights": "bat",
+    "layers_to_transform": [0, 2],
+    "layers_pattern": ["layers"],
+    "bias": "all",
+    "modules_to_save": ["classifier"],
+}
+
+
+def _config(**values: Any) -> BoneConfig:
+    return BoneConfig.from_dict({"peft_type": "BONE"} | values, "adapter_config.json")
+
+
+def test_every_field_of_peft_is_parsed_and_kept() -> None:
+    config = BoneConfig.from_dict(FULL)
+    assert config.unknown == {}
+    for name, value in FULL.items():
+        expected = tuple(value) if isinstance(value, list) else value
+        assert getattr(config, name) == expected, name
+
+
+def test_the_fields_stand_in_the_order_of_peft() -> None:
+    names = [field.name for field in fields(BoneConfig)]
+    assert names[: len(FULL)] == list(FULL)
+
+
+def test_the_defaults_are_those_of_peft() -> None:
+    config = _config()
+    assert (config.r, config.init_weights, config.bias) == (64, True, "none")
+    assert config.inference_mode is False
+    absent = set(FULL) - {"peft_type", "r", "init_weights", "bias", "inference_mode"}
+    assert all(getattr(config, name) is None for name in absent)
+    assert (config.mini_r, config.miss_dropout, config.axis) == (1, 0.0, Axis.OUT)
+
+
+def test_the_fields_of_miss() -> None:
+    config = _config(
+        peft_type="MISS", init_weights="mini", mini_r=8, miss_dropout=0.1, bias="MiSS_only"
+    )
+    assert (config.mini_r, config.miss_dropout, config.bias) == (8, 0.1, "bone_only")
+    assert config.variant is Variant.MINI
+
+
+def test_unknown_fields_are_kept_as_they_stood() -> None:
+    strange = {"lora_alpha": 16, "unknown": {"nested": [1, None]}}
+    assert _config(**strange).unknown == strange
+
+
+@pytest.mark.parametrize(
+    ("init", "variant"),
+    [(True, Variant.BONE), (False, Variant.BONE), ("bat", Variant.BAT)],
+)
+def test_init_weights_is_the_variant(init: bool | str, variant: Variant) -> None:
+    assert _config(init_weights=init).variant is variant
+
+
+def test_names_may_be_a_list_or_a_regular_expression() -> None:
+    assert _config(target_modules=["b", "a"]).target_modules == ("b", "a")
+    assert _config(target_modules=r".*\.q").target_modules == r".*\.q"
+    assert BoneConfig(target_modules={"b", "a"}).target_modules == ("a", "b")  # type: ignore[arg-type]
+
+
+def test_layers_may_be_one_index_or_several() -> None:
+    assert _config(layers_to_transform=3).layers_to_transform == 3
+    assert _config(layers_to_transform=[3, 4]).layers_to_transform == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"r": 0}, "r must be a positive integer"),
+        ({"r": -4}, "r must be a positive integer"),
+        ({"r": True}, "r must be a positive integer"),
+        ({"r": "64"}, "r must be a positive integer"),
+        ({"r": 64.0}, "r must be a positive integer"),
+        ({"r": None}, "r must be a positive integer"),
+        ({"mini_r": 0}, "mini_r must be a positive integer"),
+        ({"init_weights": "Bat"}, "init_weights names no variant"),
+        ({"init_weights": None}, "init_weights names no variant"),
+        ({"init_weights": 1}, "init_weights names no variant"),
+        ({"init_weights": ["bat"]}, "init_weights names no variant"),
+        ({"init_weights": "mini"}, "exists for MiSS only"),
+        ({"bias": "some"}, "bias has an unknown value"),
+        ({"bias": None}, "bias has an unknown value"),
+        ({"bias": ["all"]}, "bias has an unknown value"),
+        ({"bias": {}}, "bias has an unknown value"),
+        ({"target_modules": 3}, "target_modules holds no names"),
+        ({"target_modules": ["q", 3]}, "target_modules holds no names"),
+        ({"target_modules": {"q": 1}}, "target_modules holds no names"),
+        ({"exclude_modules": [None]}, "exclude_modules holds no names"),
+        ({"layers_pattern": 1}, "layers_pattern holds no names"),
+        ({"modules_to_save": "head"}, "modules_to_save holds no names"),
+        ({"layers_to_transform": "0"}, "layers_to_transform holds no layer index"),
+        ({"layers_to_transform": [0, True]}, "layers_to_transform holds no layer index"),
+        ({"layers_to_transform": [0.5]}, "layers_to_transform holds no layer index"),
+        ({"target_modules": "q", "layers_to_transform": [0]}, "layers_to_transform cannot be used"),
+        ({"target_modules": "q", "layers_pattern": "h"}, "layers_pattern cannot be used"),
+        ({"task_type": 1}, "task_type is no text"),
+        ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path is no text"),
+        ({"revision": 1.0}, "revision is no text"),
+        ({"peft_version": 18}, "peft_version is no text"),
+        ({"auto_mapping": "LlamaModel"}, "auto_mapping is no object"),
+        ({"axis": "sideways"}, "axis"),
+        ({"axis": 0}, "axis"),
+        ({"axis": []}, "axis"),
+    ],
+)
+def test_values_that_cannot_be(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _config(**values)
+    assert says in caught.value.message
+    assert caught.value.path == "adapter_config.json"
+
+
+JSON_SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+JSON_VALUES = (
+    JSON_SCALARS
+    | st.lists(JSON_SCALARS, max_size=3)
+    | st.dictionaries(st.text(max_size=3), JSON_SCALARS, max_size=2)
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from([f.name for f in fields(BoneConfig)]), JSON_VALUES, max_size=4)
+)
+def test_no_json_value_gives_anything_but_a_config_or_an_error_of_ours(
+    values: dict[str, Any],
+) -> None:
+    try:
+        config = BoneConfig.from_dict({"peft_type": "BONE"} | values)
+    except BoneconvError:
+        return
+    assert config.r > 0
+    assert config.variant in Variant
+
+
+@pytest.mark.parametrize("peft_type", [None, "LORA", "bone", 3, ["BONE"], {"a": 1}])
+def test_another_method_is_no_bone_adapter(peft_type: object) -> None:
+    with pytest.raises(NotABoneAdapterError, match="expected peft_type BONE or MISS"):
+        BoneConfig.from_dict({"peft_type": peft_type, "r": 8}, "x")
+
+
+def test_a_config_without_peft_type_says_so() -> None:
+    with pytest.raises(NotABoneAdapterError, match="found no peft_type"):
+        BoneConfig.from_dict({"r": 8})
+
+
+def test_another_method_is_told_where_to_go() -> None:
+    with pytest.raises(NotABoneAdapterError, match="Merge LORA adapters with the library"):
+        BoneConfig.from_dict({"peft_type": "LORA"})
+
+
+def test_a_configuration_does_not_change() -> None:
+    with pytest.raises(FrozenInstanceError):
+        _config().r = 3  # type: ignore[misc]
+
+
+def test_from_file(tmp_path: Path) -> None:
+    path = tmp_path / CONFIG_NAME
+    path.write_text(json.dumps(FULL))
+    assert BoneConfig.from_file(path) == BoneConfig.from_dict(FULL)
+    path.write_text("{")
+    with pytest.raises(FormatError, match=r"adapter_config\.json: not a JSON file"):
+        BoneConfig.from_file(path)
