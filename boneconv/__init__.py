@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from boneconv.adapter import Adapter, Block
     from boneconv.config import Axis, BoneConfig, Variant
+    from boneconv.conversion import ConvertResult, convert
     from boneconv.errors import BoneconvError
     from boneconv.formats import load_adapter
     from boneconv.inspection import inspect
     from boneconv.merging import MergePlan, MergeResult, merge, plan_merge
+    from boneconv.unmerging import UnmergeResult, unmerge
+    from boneconv.validation import Validation, validate
 
 __version__ = "0.1.0"
 
@@ -25,14 +28,20 @@ __all__ = [
     "Block",
     "BoneConfig",
     "BoneconvError",
+    "ConvertResult",
     "MergePlan",
     "MergeResult",
+    "UnmergeResult",
+    "Validation",
     "Variant",
     "__version__",
+    "convert",
     "inspect",
     "load_adapter",
     "merge",
     "plan_merge",
+    "unmerge",
+    "validate",
 ]
 
 _HOMES = {
@@ -41,13 +50,19 @@ _HOMES = {
     "Block": "adapter",
     "BoneConfig": "config",
     "BoneconvError": "errors",
+    "ConvertResult": "conversion",
     "MergePlan": "merging",
     "MergeResult": "merging",
+    "UnmergeResult": "unmerging",
+    "Validation": "validation",
     "Variant": "config",
+    "convert": "conversion",
     "inspect": "inspection",
     "load_adapter": "formats",
     "merge": "merging",
     "plan_merge": "merging",
+    "unmerge": "unmerging",
+    "validate": "validation",
 }
 
 

@@ -11,7 +11,10 @@ from boneconv.dtypes import FLOATS
 from boneconv.errors import FormatError, ShapeError
 from boneconv.io.safetensors import Tensor
 
-__all__ = ["Adapter", "Block"]
+__all__ = ["NATIVE", "Adapter", "Block"]
+
+#: `Adapter.format` of the Bone Adapter Format. Its saved tensors may be integers.
+NATIVE = "native"
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Block:
             ``[in / r, r, r]`` (axis in); any float dtype.
         rank: The rank r that the configuration gives it.
         mini_rank: The width of a mini block that the configuration gives it.
+        base_shape: The shape of the weight that it was made for, where the adapter says so.
     """
 
     module: str
@@ -34,6 +38,7 @@ class Block:
     tensor: Tensor
     rank: int
     mini_rank: int = 1
+    base_shape: tuple[int, ...] | None = None
 
     @property
     def parameters(self) -> int:
@@ -56,6 +61,8 @@ class Adapter:
         side_files: Tokenizer and chat template files that were saved with it.
         scale: The strength that the adapter itself asks for.
         may_add: Modules whose saved tensors the base need not have.
+        vocab_size: Rows that saved embeddings have in place of the base's, where the adapter says.
+        fingerprint: The root over the base's digests, such as ``blake3-1m:<hex>``.
         base_digests: The digests of the base's tensors that it was made for, by their name in the
             model; empty where it does not say.
     """
@@ -69,6 +76,8 @@ class Adapter:
     side_files: tuple[Path, ...] = ()
     scale: float = 1.0
     may_add: tuple[str, ...] = ()
+    vocab_size: int | None = None
+    fingerprint: str | None = None
     base_digests: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,7 +86,13 @@ class Adapter:
         for block in self.blocks.values():
             self._check_block(block)
         for name, tensor in self.saved.items():
-            self._check_dtype(name, tensor)
+            if not self.is_native:
+                self._check_dtype(name, tensor)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether it was read from the Bone Adapter Format, whose rules are exact."""
+        return self.format == NATIVE
 
     def _check_block(self, block: Block) -> None:
         self._check_dtype(block.module, block.tensor)

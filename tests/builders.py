@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import blake3
 import ml_dtypes
 import numpy as np
 
@@ -102,13 +103,15 @@ def unpack_folder(folder: Path) -> dict[str, Array]:
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by relative name; an empty folder's name ends in a slash."""
-    return {
-        str(path.relative_to(folder)) + ("/" if path.is_dir() else ""): b""
-        if path.is_dir()
-        else path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if not path.is_dir() or not any(path.iterdir())
-    }
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir():
+            if not any(path.iterdir()):
+                found[f"{name}/"] = b""
+        else:
+            found[name] = path.read_bytes() if path.exists() else b"a link that leads nowhere"
+    return found
 
 
 # --- tensors ----------------------------------------------------------------------------------
@@ -285,6 +288,23 @@ def merged(
         delta = over_rows[np.arange(columns) % b.shape[0]].T
     result = (wide + scale * delta).astype(weight.dtype if dtype is None else dtype)
     return result.reshape(weight.shape) + result.dtype.type(0)
+
+
+def leaf_digests(content: bytes) -> list[bytes]:
+    """The BLAKE3 digests of the leaves of 1 MiB that some bytes are cut into."""
+    size = 1024 * 1024
+    return [
+        blake3.blake3(content[start : start + size]).digest()
+        for start in range(0, len(content), size)
+    ]
+
+
+def tree_digest(dtype: str, array: Array) -> str:
+    """The digest of a tensor as the specification writes it down."""
+    leaves = leaf_digests(array.tobytes())
+    shape = ",".join(map(str, array.shape))
+    head = f"bone-adapter tensor 1\n{dtype}\n[{shape}]\n{len(leaves)}\n"
+    return blake3.blake3(head.encode() + b"".join(leaves)).hexdigest()
 
 
 def same_bits(one: Array, other: Array) -> bool:

@@ -106,7 +106,7 @@ def test_tensors_of_integers_are_refused() -> None:
     weights = HERE / "w"
     stored = StoredTensor(weights, "q", "I8", (4, 12), 0, 48)
     block = Block("layer.q", Variant.BONE, Axis.OUT, stored, rank=4)
-    with pytest.raises(FormatError, match="dtype that cannot be merged.*found I8"):
+    with pytest.raises(FormatError, match=r"dtype that cannot be merged.*found I8"):
         Adapter(HERE, weights, "peft", _config(Variant.BONE), {"layer.q": block}, {})
     with pytest.raises(FormatError, match=r"'head\.weight' has a dtype.*found I8"):
         Adapter(HERE, weights, "peft", _config(Variant.BONE), {}, {"head.weight": stored})

@@ -1,4 +1,4 @@
-"""BoneConfig: every field of PEFT's Bone and MiSS configurations, and every value that cannot be."""
+"""BoneConfig: every field of PEFT's Bone and MiSS configurations, and values that cannot be."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import blake3
@@ -20,22 +21,9 @@ from boneconv.digest import (
 )
 from boneconv.io.files import Reader
 from boneconv.io.safetensors import ArrayTensor, read_header
-from tests.builders import BF16, F16, F32, grid, pack
+from tests.builders import BF16, F16, F32, grid, leaf_digests, pack, tree_digest
 
 MIB = 1024 * 1024
-
-
-def _leaves(content: bytes) -> list[bytes]:
-    return [
-        blake3.blake3(content[start : start + MIB]).digest()
-        for start in range(0, len(content), MIB)
-    ]
-
-
-def _tree(dtype: str, shape: list[int], content: bytes) -> str:
-    leaves, sizes = _leaves(content), ",".join(map(str, shape))
-    head = f"bone-adapter tensor 1\n{dtype}\n[{sizes}]\n{len(leaves)}\n".encode()
-    return blake3.blake3(head + b"".join(leaves)).hexdigest()
 
 
 def test_a_leaf_is_a_mebibyte() -> None:
@@ -48,9 +36,9 @@ def test_leaves_do_not_depend_on_how_the_bytes_come(cuts: list[int], size: int) 
     content = memoryview(np.random.default_rng(size).bytes(size))
     hasher = LeafHasher()
     edges = sorted({0, size, *(min(cut, size) for cut in cuts)})
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         hasher.update(content[begin:end])
-    assert hasher.leaves() == _leaves(bytes(content))
+    assert hasher.leaves() == leaf_digests(bytes(content))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +53,7 @@ def test_a_stored_tensor_has_the_digest_of_its_bytes(
     stored = read_header(path).tensors["t"]
     with Reader(path) as reader:
         found = stored_digest(stored, reader)
-    assert found == _tree("F32", list(shape), tensor.tobytes())
+    assert found == tree_digest("F32", tensor)
 
 
 def test_dtype_and_shape_are_part_of_a_digest() -> None:

@@ -1,4 +1,4 @@
-"""The exception tree: classes, exit codes, texts, and what strangers' names may do to a terminal."""
+"""The exception tree: classes, exit codes, texts, and what names from files may not do."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from boneconv.adapter import Adapter, Block
 from boneconv.config import CONFIG_NAME, BoneConfig
 from boneconv.digest import same_values
 from boneconv.errors import FormatError, MissingPathError, listing
+from boneconv.formats.beside import tokenizer_files
 from boneconv.io.pickles import read_torch_file
 from boneconv.io.safetensors import Tensor, read_header
 from boneconv.names import module_key
@@ -29,12 +30,6 @@ _SUFFIX = {"BONE": "bone_block", "MISS": "miss_block"}
 #: the frozen one that it came from.
 _TRAINED, _FROZEN = "modules_to_save", "original_module"
 _BLOCK = re.compile(r"\.(?P<suffix>bone_block|miss_block)(?:\.[^.]+)?$")
-
-#: What transformers saves of a tokenizer; a fine-tune may have added tokens or a chat template.
-_TOKENIZER_FILES = re.compile(
-    r"(tokenizer.*\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
-    r"|.*\.model|.*\.tiktoken|chat_template.*\.(jinja|json))"
-)
 
 
 def read(folder: Path, weights: Path | None = None) -> Adapter:
@@ -56,8 +51,6 @@ def read(folder: Path, weights: Path | None = None) -> Adapter:
     else:
         tensors = read_torch_file(weights)
     blocks, saved = _sort_tensors(tensors, config, weights)
-    side_files = sorted(p for p in folder.iterdir() if _TOKENIZER_FILES.fullmatch(p.name))
-    templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     return Adapter(
         folder,
         weights,
@@ -65,7 +58,7 @@ def read(folder: Path, weights: Path | None = None) -> Adapter:
         config,
         blocks,
         saved,
-        (*side_files, *templates),
+        tokenizer_files(folder),
         may_add=config.modules_to_save or (),
     )
 

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from boneconv.errors import FormatError, MissingPathError, NameMatchError, listing
+from boneconv.io.pth import PTH_SUFFIXES, locate_tensors
 from boneconv.io.safetensors import SafetensorsFile, StoredTensor, read_header
 from boneconv.strict_json import read_object
 
@@ -44,6 +45,8 @@ _WEIGHTS = (
     "*.ot",
 )
 _WEIGHT_FOLDERS = ("onnx", "original", "openvino", "coreml")
+#: Without the adapter's weights beside it, it would make loaders look for them.
+_ADAPTER_CONFIG = "adapter_config.json"
 _NOT_THE_MODEL = (".git", ".cache", "__pycache__", ".gitattributes")
 
 
@@ -84,7 +87,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Reads the headers of a checkpoint.
 
     Args:
-        path: A folder, or one ``.safetensors`` file.
+        path: A folder, one ``.safetensors`` file, or one file of torch's (``.pth``).
 
     Raises:
         MissingPathError: The path, or a shard that the index names, is not there.
@@ -186,7 +189,7 @@ def _build(
     *,
     single_file: bool,
 ) -> Checkpoint:
-    shards = {name: read_header(root / name) for name in names}
+    shards = {name: _open_shard(root / name) for name in names}
     tensors: dict[str, StoredTensor] = {}
     shard_of: dict[str, str] = {}
     for shard_name, shard in shards.items():
@@ -214,6 +217,12 @@ def _build(
     )
 
 
+def _open_shard(path: Path) -> SafetensorsFile:
+    if path.suffix in PTH_SUFFIXES:
+        return SafetensorsFile(path, locate_tensors(path), {}, 0)
+    return read_header(path)
+
+
 def _check_index(checkpoint: Checkpoint, path: Path) -> None:
     listed: dict[str, str] = checkpoint.index["weight_map"]
     absent = [name for name, shard in listed.items() if checkpoint.shard_of.get(name) != shard]
@@ -238,5 +247,6 @@ def _other_files(
             relative = here / name
             if str(relative) in own or name in _NOT_THE_MODEL:
                 continue
-            (left_out if is_weight_copy(relative) else side_files).append(relative)
+            stays = is_weight_copy(relative) or name == _ADAPTER_CONFIG
+            (left_out if stays else side_files).append(relative)
     return side_files, left_out

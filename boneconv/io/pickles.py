@@ -18,7 +18,7 @@ from boneconv.dtypes import BF16
 from boneconv.errors import FormatError, MissingPathError, listing
 from boneconv.io.safetensors import ArrayTensor
 
-__all__ = ["read_torch_file", "to_numpy"]
+__all__ = ["load_mapped", "read_torch_file", "to_numpy"]
 
 
 def read_torch_file(path: Path) -> dict[str, ArrayTensor]:
@@ -29,6 +29,14 @@ def read_torch_file(path: Path) -> dict[str, ArrayTensor]:
         FormatError: The file is damaged, holds anything but tensors, or a dtype that cannot be
             merged.
     """
+    return {
+        str(name): ArrayTensor(str(name), to_numpy(value, f"{path}: {listing([str(name)])}"))
+        for name, value in load_mapped(path).items()
+    }
+
+
+def load_mapped(path: Path) -> Mapping[Any, Any]:
+    """The dict in a file of torch's, its tensors mapped; raises as `read_torch_file`."""
     import torch
 
     if not path.is_file():
@@ -39,7 +47,7 @@ def read_torch_file(path: Path) -> dict[str, ArrayTensor]:
         raise FormatError(
             "refused: the file holds more than tensors, and reading that could run code",
             path=path,
-            hint="Save the adapter as safetensors with the library that made it",
+            hint="Save it as safetensors with the library that made it",
         ) from error
     except (RuntimeError, ValueError, EOFError, OSError) as error:
         raise FormatError(
@@ -47,10 +55,7 @@ def read_torch_file(path: Path) -> dict[str, ArrayTensor]:
         ) from error
     if not isinstance(content, Mapping):
         raise FormatError("holds no state dict", path=path, found=type(content).__name__)
-    return {
-        str(name): ArrayTensor(str(name), to_numpy(value, f"{path}: {listing([str(name)])}"))
-        for name, value in content.items()
-    }
+    return content
 
 
 def to_numpy(value: Any, where: str) -> NDArray[Any]:

@@ -114,7 +114,7 @@ class SafetensorsFile:
         path: The file.
         tensors: Its tensors by name, in the order of their bytes.
         metadata: The header's ``__metadata__``.
-        data_start: Where the tensors' bytes start.
+        data_start: Where the tensors' bytes start; 0 in a file of torch's, which has no header.
     """
 
     path: Path

@@ -29,9 +29,9 @@ from boneconv.errors import (
 from boneconv.io.files import machine_errors, sync_folder
 from boneconv.io.lock import Lock
 
-__all__ = ["Staging", "check_free", "require_space"]
+__all__ = ["Staging", "check_free", "nearest_folder", "require_space"]
 
-_OWN = {"lock", "journal", "out", "old"}
+_OWN = {"lock", "journal", "out", "old", "beside"}
 
 
 class Staging:
@@ -39,10 +39,19 @@ class Staging:
 
     Attributes:
         target: Where to write: a folder that exists, or the path of a file.
+        beside: Where to write what is published beside OUT.
         finished: What the journal of an earlier run with the same key says is complete.
     """
 
-    def __init__(self, out: Path, *, key: str, is_file: bool, force: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        *,
+        key: str,
+        is_file: bool,
+        force: bool = False,
+        beside: Path | None = None,
+    ) -> None:
         """Opens or resumes OUT.partial.
 
         Args:
@@ -50,16 +59,19 @@ class Staging:
             key: Digest of all that determines the output; a journal with another is discarded.
             is_file: Whether OUT is a file rather than a folder.
             force: Whether an existing OUT may be replaced.
+            beside: A file that is published beside OUT, right before it.
 
         Raises:
-            OutputExistsError: OUT exists and ``force`` was not given.
+            OutputExistsError: OUT, or the file beside it, exists and ``force`` was not given.
             LockedError: Another process is writing OUT.
             MachineError: OUT.partial cannot be made.
         """
-        check_free(out, force=force)
+        check_free(out, force=force, beside=beside)
         self.out = out
         self.root = _partial(out)
         self.target = self.root / "out"
+        self.beside = self.root / "beside"
+        self._beside_out = beside
         with machine_errors(out):
             self.root.mkdir(parents=True, exist_ok=True)
         self._require_own_folder()
@@ -68,7 +80,7 @@ class Staging:
         self._journal = self.root / "journal"
         try:
             self._restore_old()
-            check_free(out, force=force)
+            check_free(out, force=force, beside=beside)
             self.finished = self._resume_or_start(key)
             if not is_file:
                 self.target.mkdir(exist_ok=True)
@@ -83,6 +95,8 @@ class Staging:
     def publish(self) -> None:
         """Flushes the output's folders and renames it to OUT; raises MachineError."""
         with machine_errors(self.out):
+            if self._beside_out is not None:
+                self.beside.replace(self._beside_out)
             if self.target.is_dir():
                 for folder in (self.target, *(p for p in self.target.rglob("*") if p.is_dir())):
                     sync_folder(folder)
@@ -156,7 +170,7 @@ class Staging:
 
 def require_space(out: Path, nbytes: int) -> None:
     """Raises DiskFullError unless ``nbytes`` fit where OUT goes, counting what OUT.partial has."""
-    place = next(folder for folder in out.absolute().parents if folder.exists())
+    place = nearest_folder(out)
     with machine_errors(place):
         free = shutil.disk_usage(place).free + _tree_size(_partial(out) / "out")
     if free < nbytes:
@@ -169,16 +183,22 @@ def require_space(out: Path, nbytes: int) -> None:
         )
 
 
-def check_free(out: Path, *, force: bool) -> None:
+def check_free(out: Path, *, force: bool, beside: Path | None = None) -> None:
     """Raises OutputExistsError if OUT may not be replaced, UsageError if it has no name."""
     if out.name in ("", ".."):
         raise UsageError("the output needs a name of its own", path=out)
-    if os.path.lexists(out) and not force:
-        raise OutputExistsError(
-            "the output exists already",
-            path=out,
-            hint="Choose another place, or give --force to replace it",
-        )
+    for path in (out, beside):
+        if path is not None and os.path.lexists(path) and not force:
+            raise OutputExistsError(
+                "the output exists already",
+                path=path,
+                hint="Choose another place, or give --force to replace it",
+            )
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder that a new file's disk is known by: the first one above it that exists."""
+    return next(folder for folder in path.absolute().parents if folder.exists())
 
 
 def _partial(out: Path) -> Path:

@@ -69,7 +69,7 @@ def _value(
         change = _fraction(stage.block[column % stage.block.shape[0], row % stage.block.shape[1]])
     else:
         change = _fraction(stage.block[column % stage.block.shape[0], row])
-    value = before + Fraction(stage.scale) * change
+    value = before + (Fraction(stage.scale) + Fraction(stage.residue)) * change
     known[depth, column] = value
     return value
 

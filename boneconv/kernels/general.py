@@ -130,10 +130,11 @@ def _step(values: Array, bound: Array, stage: Stage, first_row: int) -> tuple[Ar
         product, error = _product(values, bound, stage, first_row)
         change, lost = two_sum(product, change)
         error += np.abs(lost)
-    if stage.scale != 1.0:
+    if stage.scale != 1.0 or stage.residue:
         factor = np.asarray(stage.scale)
+        rest = carried(np.abs(change) + error, np.asarray(stage.residue))
         change, lost, missing = two_product(change, factor)
-        error = carried(error, factor) + np.abs(lost) + missing
+        error = carried(error, factor) + np.abs(lost) + missing + rest
     total, lost = two_sum(values, change)
     return total, (bound + error + np.abs(lost)) * _UP
 
@@ -177,8 +178,12 @@ def _smallest(values: Array) -> float:
 def _step_pairs(pairs: Pairs, stage: Stage, index: Array) -> Pairs:
     """One stage in float64 pairs, for the weight's rows ``index``."""
     change = _change_pairs(pairs, stage, index)
-    if stage.scale != 1.0:
-        change = pair_times(change.normalised(), np.asarray(stage.scale))
+    if stage.scale != 1.0 or stage.residue:
+        whole = change.normalised()
+        change = pair_times(whole, np.asarray(stage.scale))
+        if stage.residue:
+            change.add_pairs(pair_times(whole, np.asarray(stage.residue)))
+            change = change.normalised()
     change.add_pairs(pairs)
     return change.normalised()
 

@@ -82,7 +82,7 @@ class RowMerger:
     def _fast_merger(self) -> AdditiveMerger | BatMerger | SumMerger | None:
         """What merges blocks of at most float32: one BAT, or any number of Bone and mini."""
         widest = {self._source, self._target, *(stage.block.dtype for stage in self._stages)}
-        if F64 in widest or not self._stages:
+        if F64 in widest or not self._stages or any(stage.residue for stage in self._stages):
             return None
         first = self._stages[0]
         if len(self._stages) == 1 and is_bat(first):

@@ -41,12 +41,15 @@ class Stage:
             never written to.
         axis: The axis that a BAT block runs along; without meaning for Bone and mini.
         scale: How much of the update is applied; the binary64 value is taken exactly.
+        residue: What the scale lacks: where it is a product of two numbers, the factor is exactly
+            ``scale + residue``.
     """
 
     variant: Variant
     block: Array
     axis: Axis = Axis.OUT
     scale: float = 1.0
+    residue: float = 0.0
 
 
 def is_bat(stage: Stage) -> bool:
@@ -71,7 +74,7 @@ def check_stage(stage: Stage, shape: tuple[int, int]) -> None:
         ShapeError: The block's shape does not fit the weight.
         NonFiniteError: The block holds NaN or infinity.
     """
-    if not math.isfinite(stage.scale):
+    if not math.isfinite(stage.scale + stage.residue):
         raise ConfigError("the scale is not finite", found=stage.scale)
     if stage.block.dtype not in _FLOATS:
         raise ConfigError("a block of an unknown dtype", found=stage.block.dtype)
@@ -118,7 +121,7 @@ def fold_scale(stage: Stage) -> Stage:
     BAT folds as well: ``scale * (W @ B + B) = W @ (scale * B) + scale * B``. The folded block is
     float32; what float32 does not hold is not folded.
     """
-    if stage.scale == 1.0:
+    if stage.scale == 1.0 or stage.residue:
         return stage
     block = stage.block.astype(np.float64)
     with np.errstate(all="ignore"):

@@ -7,6 +7,7 @@ when it loads a checkpoint:
 - `module_key` strips what PEFT, compilation and sharding put around a name;
 - `resolve` matches wanted tensors one to one against those on disk;
 - `disk_name` tells under which name a tensor has to be added to a checkpoint;
+- `parameter_shapes` tells the shapes that a configuration alone gives to parameters;
 - `tied_names` lists the parameters that share their values with another;
 - `trained_on` reads from an adapter's configuration which classes it may have been trained on.
 
@@ -17,13 +18,21 @@ from __future__ import annotations
 
 from boneconv.names.architecture import trained_on
 from boneconv.names.keys import module_key
-from boneconv.names.matching import DIRECT, Resolution, disk_name, resolve, tied_names
+from boneconv.names.matching import (
+    DIRECT,
+    Resolution,
+    disk_name,
+    parameter_shapes,
+    resolve,
+    tied_names,
+)
 
 __all__ = [
     "DIRECT",
     "Resolution",
     "disk_name",
     "module_key",
+    "parameter_shapes",
     "resolve",
     "tied_names",
     "trained_on",

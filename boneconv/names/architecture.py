@@ -129,17 +129,22 @@ class Architecture:
 
     Attributes:
         name: The class.
-        parameters: All names of its state dict.
+        shapes: All names of its state dict, and their shapes.
         ties: A tied parameter -> the one whose values it shares, as the configuration has it.
     """
 
     name: str
-    parameters: frozenset[str]
+    shapes: Mapping[str, tuple[int, ...]]
     ties: Mapping[str, str]
     _base_prefix: str
     _own: tuple[Any, ...]
     _legacy: tuple[Any, ...]
     _library: _Internals
+
+    @property
+    def parameters(self) -> Collection[str]:
+        """All names of its state dict."""
+        return self.shapes.keys()
 
     def load(self, names: Collection[str]) -> dict[str, Home]:
         """Where ``from_pretrained`` puts each tensor of a checkpoint with these names."""
@@ -268,7 +273,7 @@ def _build(file: str, stamp: tuple[int, int], name: str) -> Architecture | None:
             own, every = library.own_transforms(model), library.all_transforms(model)
             return Architecture(
                 name=type(model).__name__,
-                parameters=frozenset(model.state_dict()),
+                shapes={name: tuple(t.shape) for name, t in model.state_dict().items()},
                 ties=dict(model.all_tied_weights_keys),
                 _base_prefix=str(model.base_model_prefix),
                 _own=tuple(own),

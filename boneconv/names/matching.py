@@ -10,7 +10,7 @@ from pathlib import Path
 from boneconv.errors import MissingExtraError, NameMatchError, listing
 from boneconv.names.architecture import Architecture, Home, architectures, transformers_version
 
-__all__ = ["DIRECT", "Resolution", "disk_name", "resolve", "tied_names"]
+__all__ = ["DIRECT", "Resolution", "disk_name", "parameter_shapes", "resolve", "tied_names"]
 
 #: `Resolution.via` where every name stands in the checkpoint as it is.
 DIRECT = "direct"
@@ -158,6 +158,25 @@ def tied_names(config: Path, *, architectures: Sequence[str] = ()) -> dict[str, 
         NameMatchError: transformers cannot build a model from the config.
     """
     return dict(_best_architecture(config, architectures, [], ()).ties)
+
+
+def parameter_shapes(
+    wanted: Collection[str], config: Path, *, architectures: Sequence[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that a configuration alone gives to parameters; those it does not know are absent.
+
+    Args:
+        wanted: Tensor names in the model's namespace.
+        config: The checkpoint's config.json or its folder.
+        architectures: As in `resolve`.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+        NameMatchError: transformers cannot build a model from the config.
+    """
+    model = _best_architecture(config, architectures, wanted, ())
+    goals = _goals(model, wanted, ())
+    return {name: model.shapes[goal] for name, goal in goals.items() if goal is not None}
 
 
 def _best_architecture(

@@ -167,7 +167,7 @@ def test_another_rank_than_the_config_s(tmp_path: Path) -> None:
 def test_two_tensors_for_one_module(tmp_path: Path) -> None:
     block = block_for("bone", (HIDDEN, HIDDEN))
     names = ["base_model.model.m.q.bone_block", "base_model.model.m.q.bone_block.default"]
-    with pytest.raises(FormatError, match="two tensors for 'm.q'"):
+    with pytest.raises(FormatError, match=r"two tensors for 'm\.q'"):
         read_adapter(_write(tmp_path / "a", dict.fromkeys(names, block)))
     saved = ["base_model.model.h.weight", "base_model.model.h.base_layer.weight"]
     with pytest.raises(FormatError, match=r"two tensors for 'h\.weight'"):

@@ -252,7 +252,7 @@ def test_several_files_and_no_index(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="holds no safetensors weights.*found no weights"):
+    with pytest.raises(FormatError, match=r"holds no safetensors weights.*found no weights"):
         open_checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(FormatError, match=r"found pytorch_model\.bin\. Load the model and save it"):

@@ -1,0 +1,209 @@
+"""``boneconv merge``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from boneconv.cli.console import Bar, echo_json, note, one_line, size, table
+
+if TYPE_CHECKING:
+    from boneconv.merging import MergePlan, MergeResult
+
+__all__ = ["command"]
+
+
+@click.command("merge", short_help="Merge an adapter into a checkpoint.")
+@click.argument("base")
+@click.argument("adapter")
+@click.argument("out", type=click.Path())
+@click.option(
+    "--adapter",
+    "more",
+    multiple=True,
+    metavar="MORE",
+    help="A further adapter, applied after the first; may be repeated.",
+)
+@click.option(
+    "--scale",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="S",
+    help="Strength: W + S (W' - W).",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
+    default="keep",
+    show_default=True,
+    help="Dtype of every floating tensor of OUT.",
+)
+@click.option(
+    "--max-shard-size", metavar="SIZE", help="Such as 5GB; by default OUT has the base's files."
+)
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="cpu|cuda",
+    help="Where to compute; the bytes are the same.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads; by default one for each usable core.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be done, from headers alone.")
+@click.option(
+    "--no-card", is_flag=True, help="Keep the base's README.md instead of writing a model card."
+)
+@click.option(
+    "--allow-base-mismatch",
+    is_flag=True,
+    help="Go on where the adapter's fingerprint names another base.",
+)
+@click.option(
+    "--keep-delta",
+    metavar="FILE",
+    help="Keep in FILE what `boneconv unmerge` needs to restore the base's every byte.",
+)
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress and no remarks.")
+@click.option("--verbose", "-v", is_flag=True, help="List every tensor of a dry run.")
+def command(
+    base: str,
+    adapter: str,
+    out: str,
+    more: tuple[str, ...],
+    scale: float,
+    dtype: str,
+    max_shard_size: str | None,
+    device: str,
+    workers: int | None,
+    dry_run: bool,
+    no_card: bool,
+    allow_base_mismatch: bool,
+    keep_delta: str | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Merge ADAPTER into BASE and write the result to OUT.
+
+    BASE and ADAPTER are folders, files or Hub ids (owner/name[@revision]). OUT is a folder for a
+    folder and a .safetensors or .pth file for a file; it appears whole or not at all.
+
+    Example: boneconv merge ./SmolLM2-135M ./my-bone-adapter ./merged
+    """
+    from boneconv.merging import merge, plan_merge
+
+    if dry_run:
+        plan = plan_merge(
+            base,
+            adapter,
+            more=more,
+            scale=scale,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            workers=workers,
+            card=not no_card,
+        )
+        echo_json(_plan_json(plan)) if as_json else click.echo(_plan_text(plan, verbose))
+        return
+    bar = Bar("merging", quiet=quiet)
+    try:
+        result = merge(
+            base,
+            adapter,
+            out,
+            more=more,
+            scale=scale,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            device=device,
+            workers=workers,
+            card=not no_card,
+            allow_base_mismatch=allow_base_mismatch,
+            keep_delta=keep_delta,
+            force=force,
+            progress=bar,
+        )
+    finally:
+        bar.close()
+    for text in result.notes:
+        note(text, quiet=quiet)
+    echo_json(_result_json(result)) if as_json else click.echo(_result_text(result))
+
+
+def _result_json(result: MergeResult) -> dict[str, Any]:
+    return {
+        "out": str(result.out),
+        "record": str(result.record),
+        "tensors": result.counts,
+        "bytes": result.nbytes,
+        "left_out": list(result.left_out),
+        "notes": list(result.notes),
+        "delta": None if result.delta is None else str(result.delta),
+    }
+
+
+def _result_text(result: MergeResult) -> str:
+    return f"{result.out}: {_counts(result.counts)}, {size(result.nbytes)}"
+
+
+def _plan_json(plan: MergePlan) -> dict[str, Any]:
+    return {
+        "tensors": plan.counts,
+        "bytes": plan.plan.total_bytes,
+        "peak_memory": plan.peak_memory,
+        "files": [shard.name for shard in plan.plan.shards],
+        "copies": [str(path) for path in plan.plan.copies],
+        "left_out": [str(path) for path in plan.plan.left_out],
+        "matched_by": sorted(plan.accounts.matched_by),
+        "notes": list(plan.notes),
+        "plan": [
+            {
+                "name": tensor.name,
+                "action": str(tensor.action),
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+            }
+            for tensor in plan.plan.tensors
+        ],
+    }
+
+
+def _plan_text(plan: MergePlan, verbose: bool) -> str:
+    lines = [
+        f"tensors      {_counts(plan.counts)}",
+        f"names        matched by {', '.join(sorted(plan.accounts.matched_by))}",
+        f"disk         {size(plan.plan.total_bytes)}",
+        f"peak memory  about {size(plan.peak_memory)}",
+        f"files        {len(plan.plan.shards)} of weights, {len(plan.plan.copies)} copied, "
+        f"{len(plan.plan.texts)} written",
+        *(f"note         {one_line(text)}" for text in plan.notes),
+    ]
+    if verbose:
+        rows = [("action", "tensor", "dtype", "shape")]
+        rows += [
+            (str(t.action), t.name, t.dtype, "x".join(map(str, t.shape)) or "scalar")
+            for t in plan.plan.tensors
+        ]
+        lines += ["", table(rows)]
+    return "\n".join(lines)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    words = {
+        "merge": "merged",
+        "replace": "replaced",
+        "add": "added",
+        "cast": "cast",
+        "copy": "copied",
+    }
+    return ", ".join(f"{counts[key]} {word}" for key, word in words.items() if counts[key])

@@ -1,0 +1,201 @@
+"""Doing one segment: read a chunk, compute, round into the output's dtype, hash, write.
+
+A chunk is a few hundred KiB, so that it and its float32 image stay in a core's cache; that matters
+more for speed than anything else here. Every worker has one `Desk` of buffers that it uses over and
+over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from boneconv.digest import LEAF, LeafHasher
+from boneconv.dtypes import FLOATS
+from boneconv.engine.plan import Action
+from boneconv.engine.segments import Segment
+from boneconv.errors import NonFiniteError
+from boneconv.io.files import Reader, Writer
+from boneconv.io.safetensors import ArrayTensor, byte_view
+from boneconv.kernels import Scratch, cast_rows
+
+__all__ = ["Desk", "Leaves", "Merger", "do_segment", "larger"]
+
+_CHUNK_BYTES = 256 * 1024
+
+
+class Merger(Protocol):
+    """What merges rows of one weight: `RowMerger` on the CPU, or its torch counterpart."""
+
+    def preferred_rows(self) -> int:
+        """How many rows to pass at a time."""
+        ...
+
+    def merge(
+        self, rows: NDArray[Any], first_row: int, out: NDArray[Any], scratch: Scratch
+    ) -> tuple[float, ...] | None:
+        """Merges rows ``[n, in]`` of the source dtype into ``out`` of the target dtype.
+
+        Returns what it measures, if anything; of a tensor's rows, the largest of each is kept.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """Digests of a segment's leaves, before and after.
+
+    Attributes:
+        source: Of the base's bytes (merge only).
+        output: Of the written bytes.
+        measures: What the merger measured, the largest of each.
+    """
+
+    source: tuple[bytes, ...]
+    output: tuple[bytes, ...]
+    measures: tuple[float, ...] = ()
+
+
+def larger(one: tuple[float, ...], other: tuple[float, ...]) -> tuple[float, ...]:
+    """The larger of each measure; one of them may be empty."""
+    if not one or not other:
+        return one or other
+    return tuple(max(pair) for pair in zip(one, other, strict=True))
+
+
+class Desk:
+    """One worker's buffers."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+        self._buffers: dict[str, NDArray[np.uint8]] = {}
+
+    def array(self, use: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """An array over the buffer of a use; its content is what was left there."""
+        nbytes = int(np.prod(shape)) * dtype.itemsize
+        buffer = self._buffers.get(use)
+        if buffer is None or buffer.nbytes < nbytes:
+            buffer = self._buffers[use] = np.empty(nbytes, np.uint8)
+        return buffer[:nbytes].view(dtype).reshape(shape)
+
+
+def do_segment(
+    segment: Segment, reader: Reader | None, writer: Writer, merger: Merger | None, desk: Desk
+) -> Leaves:
+    """Reads, computes and writes a segment.
+
+    Args:
+        segment: What to do.
+        reader: The source's file; None where the source is in memory.
+        writer: The output file.
+        merger: For a merged tensor, what merges it.
+        desk: The worker's buffers.
+
+    Raises:
+        NonFiniteError: A value is NaN or infinite, or overflows the output's dtype.
+        FormatError, MachineError: Reading or writing failed.
+    """
+    if merger is not None:
+        return _merge(segment, reader, writer, merger, desk)
+    is_base = segment.tensor.action in (Action.COPY, Action.CAST)
+    if segment.tensor.dtype == segment.tensor.source.dtype and (
+        is_base or segment.tensor.dtype not in FLOATS
+    ):
+        return _copy(segment, _required(reader), writer, desk)
+    return _convert(segment, reader, writer, desk)
+
+
+def _merge(
+    segment: Segment, reader: Reader | None, writer: Writer, merger: Merger, desk: Desk
+) -> Leaves:
+    source_hash, output_hash = LeafHasher(), LeafHasher()
+    measures: tuple[float, ...] = ()
+    for first, count in _chunks(segment, merger.preferred_rows()):
+        shape = (count, segment.row_elements)
+        rows = _read(segment, reader, first, shape, desk)
+        out = desk.array("out", shape, FLOATS[segment.tensor.dtype])
+        try:
+            found = merger.merge(rows, first, out, desk.scratch)
+        except NonFiniteError as error:
+            raise _name_tensor(error, segment) from error
+        measures = larger(measures, found or ())
+        source_hash.update(byte_view(rows))
+        output_hash.update(byte_view(out))
+        _write(segment, writer, first, out)
+    return Leaves(tuple(source_hash.leaves()), tuple(output_hash.leaves()), measures)
+
+
+def _copy(segment: Segment, reader: Reader, writer: Writer, desk: Desk) -> Leaves:
+    output_hash = LeafHasher()
+    width = segment.nbytes // segment.rows
+    buffer = byte_view(desk.array("copy", (min(LEAF, segment.nbytes),), np.dtype(np.uint8)))
+    start, end = segment.first_row * width, (segment.first_row + segment.rows) * width
+    source = segment.tensor.source
+    offset = 0 if isinstance(source, ArrayTensor) else source.offset
+    for position in range(start, end, LEAF):
+        part = buffer[: min(LEAF, end - position)]
+        reader.read_into(part, offset + position)
+        output_hash.update(part)
+        writer.write_at(part, segment.offset + position)
+    return Leaves((), tuple(output_hash.leaves()))
+
+
+def _convert(segment: Segment, reader: Reader | None, writer: Writer, desk: Desk) -> Leaves:
+    output_hash = LeafHasher()
+    from_adapter = segment.tensor.action in (Action.REPLACE, Action.ADD)
+    for first, count in _chunks(segment, _CHUNK_BYTES // 2):
+        rows = _read(segment, reader, first, (count, 1), desk)
+        out = desk.array("out", (count, 1), FLOATS[segment.tensor.dtype])
+        try:
+            cast_rows(rows, out.dtype, out, desk.scratch)
+        except NonFiniteError as error:
+            raise _name_tensor(error, segment) from error
+        if from_adapter and not np.isfinite(out.astype(np.float64)).all():
+            raise _name_tensor(NonFiniteError("NaN or infinity in the adapter"), segment)
+        output_hash.update(byte_view(out))
+        _write(segment, writer, first, out)
+    return Leaves((), tuple(output_hash.leaves()))
+
+
+def _chunks(segment: Segment, rows: int) -> list[tuple[int, int]]:
+    end = segment.first_row + segment.rows
+    return [(first, min(rows, end - first)) for first in range(segment.first_row, end, rows)]
+
+
+def _read(
+    segment: Segment, reader: Reader | None, first: int, shape: tuple[int, int], desk: Desk
+) -> NDArray[Any]:
+    source = segment.tensor.source
+    if isinstance(source, ArrayTensor):
+        begin = first * shape[1]
+        return source.array.reshape(-1)[begin : begin + shape[0] * shape[1]].reshape(shape)
+    dtype = FLOATS[source.dtype]
+    rows = desk.array("rows", shape, dtype)
+    offset = source.offset + first * shape[1] * dtype.itemsize
+    _required(reader).read_into(byte_view(rows), offset)
+    return rows
+
+
+def _write(segment: Segment, writer: Writer, first: int, out: NDArray[Any]) -> None:
+    offset = segment.offset + first * segment.row_elements * out.dtype.itemsize
+    writer.write_at(byte_view(out), offset)
+
+
+def _required(reader: Reader | None) -> Reader:
+    if reader is None:
+        raise AssertionError("a tensor on disk is read without a reader")
+    return reader
+
+
+def _name_tensor(error: NonFiniteError, segment: Segment) -> NonFiniteError:
+    source = segment.tensor.source
+    return NonFiniteError(
+        f"{segment.tensor.name!r}: {error.message}",
+        path=None if isinstance(source, ArrayTensor) else source.path,
+        expected=error.expected,
+        found=error.found,
+        hint=error.hint,
+    )

@@ -1,0 +1,125 @@
+"""What one worker holds while it works: open files, buffers, the merger of the weight it is at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from boneconv.dtypes import FLOATS
+from boneconv.engine.compute import Desk, Leaves, Merger, do_segment
+from boneconv.engine.plan import PlannedTensor
+from boneconv.engine.segments import Segment
+from boneconv.engine.workers import Place
+from boneconv.errors import NonFiniteError, ShapeError
+from boneconv.io.files import Reader, Writer
+from boneconv.io.safetensors import StoredTensor
+from boneconv.kernels import RowMerger, Stage
+
+__all__ = ["Station", "Task", "new_merger"]
+
+#: A segment, and the number of the shard that it belongs to.
+Task = tuple[int, Segment]
+
+
+class Station:
+    """Does segments, one after the other; a context manager.
+
+    Args:
+        queues: The tasks of every queue.
+        paths: The output file of every shard; it exists.
+        device: ``cpu``, or a torch device.
+    """
+
+    def __init__(
+        self, queues: Sequence[Sequence[Task]], paths: Sequence[Path], device: str
+    ) -> None:
+        self._queues, self._paths, self._device = queues, paths, device
+        self._desk = Desk()
+        self._files = ExitStack()
+        self._readers: dict[Path, Reader] = {}
+        self._writers: dict[Path, Writer] = {}
+        self._queue = -1
+        self._mergers: dict[int, tuple[str, Merger]] = {}
+
+    def __call__(self, place: Place) -> Leaves:
+        """Does a segment; raises as `do_segment`."""
+        if place[0] != self._queue:
+            self._queue = place[0]
+            self._mergers.clear()
+        shard, segment = self._queues[place[0]][place[1]]
+        return do_segment(
+            segment,
+            self._reader(segment.tensor),
+            self._writer(self._paths[shard]),
+            self._merger_of(shard, segment.tensor),
+            self._desk,
+        )
+
+    def _reader(self, tensor: PlannedTensor) -> Reader | None:
+        if not isinstance(tensor.source, StoredTensor):
+            return None
+        path = tensor.source.path
+        if path not in self._readers:
+            self._readers[path] = self._files.enter_context(Reader(path))
+        return self._readers[path]
+
+    def _writer(self, path: Path) -> Writer:
+        if path not in self._writers:
+            self._writers[path] = self._files.enter_context(Writer(path))
+        return self._writers[path]
+
+    def _merger_of(self, shard: int, tensor: PlannedTensor) -> Merger | None:
+        """The merger of the weight that a shard is at; the one before is dropped first."""
+        if not tensor.updates and tensor.kernel is None:
+            return None
+        name, merger = self._mergers.pop(shard, ("", None))
+        if merger is None or name != tensor.name:
+            merger = None
+            merger = new_merger(tensor, self._device)
+        self._mergers[shard] = tensor.name, merger
+        return merger
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._files.close()
+
+
+def new_merger(tensor: PlannedTensor, device: str = "cpu") -> Merger:
+    """Reads the blocks of a planned tensor and prepares them.
+
+    Raises:
+        NonFiniteError: A block holds NaN or infinity.
+        ShapeError: A block does not fit the weight.
+    """
+    if tensor.kernel is not None:
+        return tensor.kernel(tensor)
+    stages = [
+        Stage(u.block.variant, u.block.tensor.read(), u.block.axis, u.scale, u.residue)
+        for u in tensor.updates
+    ]
+    source, target = FLOATS[tensor.source.dtype], FLOATS[tensor.dtype]
+    try:
+        if device == "cpu":
+            return RowMerger(stages, tensor.matrix_shape, source, target)
+        from boneconv.kernels.torch_rows import TorchRowMerger
+
+        return TorchRowMerger(stages, tensor.matrix_shape, source, target, device=device)
+    except (NonFiniteError, ShapeError) as error:
+        block = tensor.updates[0].block.tensor
+        raise type(error)(
+            f"the block of {tensor.name!r}: {error.message}",
+            path=block.path if isinstance(block, StoredTensor) else None,
+            expected=error.expected,
+            found=error.found,
+            hint=error.hint,
+        ) from error

@@ -1,0 +1,94 @@
+"""boneconv.json: what was merged. No times, paths or worker counts: outputs compare equal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from boneconv import __version__
+from boneconv.engine.plan import Action, Plan
+from boneconv.engine.stream import ShardDigests, TensorDigests
+from boneconv.io.hub import Source
+from boneconv.merging.accounts import Strength
+from boneconv.merging.card import hub_id
+
+__all__ = ["RECORD_NAME", "adapter_entry", "encode_record", "record_size", "source_entry"]
+
+RECORD_NAME = "boneconv.json"
+
+_ANY_DIGEST = "0" * 64
+
+
+def source_entry(source: Source) -> dict[str, Any]:
+    """Where an input came from: its repository and commit, nothing for a local path."""
+    return {} if source.repo is None else {"repo": source.repo, "commit": source.commit}
+
+
+def adapter_entry(strength: Strength, source: Source, digest: str = _ANY_DIGEST) -> dict[str, Any]:
+    """An adapter: its format, variant, rank, scale, and the digest of its weights file."""
+    adapter = strength.adapter
+    return {
+        **source_entry(source),
+        "format": adapter.format,
+        "variant": str(adapter.config.variant),
+        "axis": str(adapter.config.axis),
+        "rank": adapter.config.r,
+        "scale": strength.scale,
+        "blake3": digest,
+        "trained_on": hub_id(adapter.config.base_model_name_or_path),
+        "unknown_fields": sorted(adapter.config.unknown),
+    }
+
+
+def record_size(
+    plan: Plan,
+    *,
+    base: Mapping[str, Any],
+    adapters: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+) -> int:
+    """The record's length in bytes, which does not depend on what the digests are."""
+    digests = {tensor.name: TensorDigests(_ANY_DIGEST, _ANY_DIGEST) for tensor in plan.tensors}
+    return len(encode_record(plan, digests, base=base, adapters=adapters, options=options))
+
+
+def encode_record(
+    plan: Plan,
+    digests: ShardDigests,
+    *,
+    base: Mapping[str, Any],
+    adapters: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    fingerprint_ignored: bool = False,
+) -> bytes:
+    """The record's bytes: canonical JSON, sorted and indented.
+
+    Args:
+        plan: What was written.
+        digests: Digests of all tensors.
+        base: Where the base came from.
+        adapters: Entries of the adapters.
+        options: What else determined the output.
+        fingerprint_ignored: Whether an adapter was merged into another base than it names.
+    """
+    tensors: dict[str, Any] = {}
+    for tensor in plan.tensors:
+        entry = {"action": str(tensor.action), "digest": digests[tensor.name].output}
+        if tensor.action is Action.MERGE:
+            entry["base_digest"] = digests[tensor.name].base or ""
+        tensors[tensor.name] = entry
+    record = {
+        "boneconv": __version__,
+        "record_version": 1,
+        "numerics": "canonical",
+        "digest": "blake3-1MiB",
+        "base": dict(base),
+        "adapters": [dict(adapter) for adapter in adapters],
+        "options": dict(options),
+        "tensors": tensors,
+        "left_out": [str(path) for path in plan.left_out],
+    }
+    if fingerprint_ignored:
+        record["fingerprint_ignored"] = True
+    return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()

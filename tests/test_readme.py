@@ -1,0 +1,90 @@
+"""What the README shows works as pasted."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str, section: str) -> list[str]:
+    """The code blocks of a language in a section of the README."""
+    body = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", README, re.M | re.S)
+    assert body is not None, section
+    return re.findall(rf"^```{language}\n(.*?)^```", body[1], re.M | re.S)
+
+
+def run_shell(script: str, folder: Path) -> str:
+    scripts = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_shell_block_is_run_by_a_test() -> None:
+    shown = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
+    sections = ("Try it", "Merge an adapter", "Convert an adapter", "Run the tests")
+    assert sorted(shown) == sorted(block for s in sections for block in blocks("sh", s))
+
+
+def test_the_merge_commands_work_as_pasted(tmp_path: Path) -> None:
+    for block in blocks("sh", "Merge an adapter"):
+        assert run_shell(block, tmp_path)
+    assert (tmp_path / "merged" / "boneconv.json").is_file()
+    assert (tmp_path / "stacked" / "model.safetensors").is_file()
+
+
+def test_the_convert_commands_work_as_pasted(tmp_path: Path) -> None:
+    (block,) = blocks("sh", "Convert an adapter")
+    run_shell(block, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"miss", "lora", "bat-lora", "native"}
+
+
+def test_the_python_example_works_as_pasted(tmp_path: Path) -> None:
+    run_shell("boneconv demo ./demo", tmp_path)
+    (example,) = blocks("python", "From Python")
+    (tmp_path / "example.py").write_text(example, encoding="utf-8")
+    assert run_shell("python example.py", tmp_path).startswith("3 weights merged")
+
+
+@pytest.mark.slow
+def test_the_installation_works_as_pasted(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in filter(None, tracked.stdout.split("\0")):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, clone / name)
+    (block,) = blocks("sh", "Try it")
+    assert "all are correctly rounded" in run_shell(block, clone)
+
+
+def test_every_option_of_merge_is_listed() -> None:
+    from boneconv.cli.merge import command
+
+    table = README[README.index("## Merge an adapter") : README.index("## From Python")]
+    missing = [
+        name
+        for option in command.params
+        for name in option.opts[:1]
+        if name.startswith("--") and name not in table and name not in ("--verbose", "--help")
+    ]
+    assert missing == []
