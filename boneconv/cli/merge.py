@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,6 +11,8 @@ import click
 from boneconv.cli.console import Bar, echo_json, note, one_line, size, table
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from boneconv.merging import MergePlan, MergeResult
 
 __all__ = ["command"]
@@ -24,6 +28,13 @@ __all__ = ["command"]
     multiple=True,
     metavar="MORE",
     help="A further adapter, applied after the first; may be repeated.",
+)
+@click.option(
+    "--each",
+    "each",
+    multiple=True,
+    metavar="ADAPTER=OUT",
+    help="A further output from one more adapter, in the same pass; may be repeated.",
 )
 @click.option(
     "--scale",
@@ -54,7 +65,12 @@ __all__ = ["command"]
     "--workers",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Threads; by default one for each usable core.",
+    help="Worker processes; by default one for each usable core.",
+)
+@click.option(
+    "--scheduler",
+    metavar="tcp://...",
+    help="Compute on a Dask cluster that sees the same files, by the same paths.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be done, from headers alone.")
 @click.option(
@@ -79,11 +95,13 @@ def command(
     adapter: str,
     out: str,
     more: tuple[str, ...],
+    each: tuple[str, ...],
     scale: float,
     dtype: str,
     max_shard_size: str | None,
     device: str,
     workers: int | None,
+    scheduler: str | None,
     dry_run: bool,
     no_card: bool,
     allow_base_mismatch: bool,
@@ -102,42 +120,68 @@ def command(
     """
     from boneconv.merging import merge, plan_merge
 
+    pairs = [_pair(text) for text in each]
+    options: dict[str, Any] = {
+        "scale": scale,
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "workers": workers,
+        "card": not no_card,
+    }
     if dry_run:
-        plan = plan_merge(
-            base,
-            adapter,
-            more=more,
-            scale=scale,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            workers=workers,
-            card=not no_card,
-        )
-        echo_json(_plan_json(plan)) if as_json else click.echo(_plan_text(plan, verbose))
+        plans = [plan_merge(base, adapter, more=more, **options)]
+        plans += [plan_merge(base, one, **options) for one, _ in pairs]
+        if as_json:
+            first, *others = map(_plan_json, plans)
+            echo_json(first | ({"each": others} if others else {}))
+        else:
+            click.echo("\n\n".join(_plan_text(plan, verbose) for plan in plans))
         return
     bar = Bar("merging", quiet=quiet)
     try:
-        result = merge(
-            base,
-            adapter,
-            out,
-            more=more,
-            scale=scale,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            device=device,
-            workers=workers,
-            card=not no_card,
-            allow_base_mismatch=allow_base_mismatch,
-            keep_delta=keep_delta,
-            force=force,
-            progress=bar,
-        )
+        with _executor(scheduler) as executor:
+            result = merge(
+                base,
+                adapter,
+                out,
+                more=more,
+                each=pairs,
+                device=device,
+                executor=executor,
+                allow_base_mismatch=allow_base_mismatch,
+                keep_delta=keep_delta,
+                force=force,
+                progress=bar,
+                **options,
+            )
     finally:
         bar.close()
-    for text in result.notes:
-        note(text, quiet=quiet)
-    echo_json(_result_json(result)) if as_json else click.echo(_result_text(result))
+    for one in (result, *result.each):
+        for text in one.notes:
+            note(text, quiet=quiet)
+    if as_json:
+        others = [_result_json(one) for one in result.each]
+        echo_json(_result_json(result) | ({"each": others} if others else {}))
+    else:
+        click.echo("\n".join(map(_result_text, (result, *result.each))))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    adapter, separator, out = text.rpartition("=")
+    if not separator or not adapter or not out:
+        raise click.UsageError(f"--each takes ADAPTER=OUT, not {one_line(text)}")
+    return adapter, out
+
+
+@contextmanager
+def _executor(scheduler: str | None) -> Iterator[Executor | None]:
+    if scheduler is None:
+        yield None
+        return
+    from boneconv.engine.cluster import cluster
+
+    with cluster(scheduler) as executor:
+        yield executor
 
 
 def _result_json(result: MergeResult) -> dict[str, Any]:
