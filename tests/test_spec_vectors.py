@@ -202,9 +202,7 @@ def test_an_invalid_vector_is_not_merged(name: str, tmp_path: Path) -> None:
 def test_the_rules_are_those_of_the_text() -> None:
     text = (SPECS / "bone-adapter-1.0.md").read_text()
     rows = re.findall(r"^\| \*\*(R\d\d)\*\* \| (\w+) \|", text, re.MULTILINE)
-    assert dict(rows) == {
-        rule.id: rule.error.__name__ for rule in RULES.values()
-    }
+    assert dict(rows) == {rule.id: rule.error.__name__ for rule in RULES.values()}
     assert [rule for rule, _ in rows] == sorted(RULES)
 
 

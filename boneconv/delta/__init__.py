@@ -11,7 +11,8 @@ A delta file is one safetensors file. Its metadata say ``format: boneconv-delta`
 
 For most tensors the merged weight and the adapter say nearly all of the base's: `boneconv.kernels`
 computes an element from them, the same on every machine, and the delta file holds the difference
-from the base's element in units in the last place, mostly zero.
+from the base's element in units in the last place, mostly zero. Version 1 rests on the bits of
+that computation (`boneconv.kernels.inverse`): a change of them takes a new version.
 """
 
 from boneconv.delta.describe import DeltaJob

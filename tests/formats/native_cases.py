@@ -78,8 +78,8 @@ def small(variant: Variant = Variant.BONE, *, marked: bool = False, **fields: An
 def cases(draw: st.DrawFn) -> Case:
     """Any native adapter: every variant, dtype, axis, ragged ranks, extras, awkward names.
 
-    Half of them have nothing that PEFT cannot say, but for names. No adapted module lies in another:
-    a linear layer holds none.
+    Half of them have nothing that PEFT cannot say, but for names. No adapted module lies in
+    another: a linear layer holds none.
     """
     plain = draw(st.booleans())
     variant = draw(st.sampled_from([Variant.BONE, Variant.BAT] if plain else list(Variant)))

@@ -37,13 +37,11 @@ from boneconv.formats.native import (
     StageFailed,
     find_homes,
     fingerprint,
-    from_adapter,
     open_native,
     read,
     write_native,
 )
 from boneconv.formats.native.canonical import encode, parse
-from boneconv.formats.native.metadata import root_of
 from boneconv.io.checkpoint import open_checkpoint
 from boneconv.io.safetensors import ArrayTensor
 from tests.builders import (
@@ -52,11 +50,9 @@ from tests.builders import (
     F32,
     F64,
     HIDDEN,
-    RANK,
     Array,
     adapter_tensors,
     base_tensors,
-    blocks_for_all,
     grid,
     make_adapter,
     make_base,
@@ -64,7 +60,7 @@ from tests.builders import (
     same_bits,
     snapshot,
 )
-from tests.formats.native_cases import Case, cases, small, tensors_of
+from tests.formats.native_cases import Case, cases, digest, small, tensors_of
 
 VECTORS = Path(__file__).parent.parent.parent / "specs" / "vectors"
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
@@ -456,112 +452,40 @@ def test_brackets_in_texts_are_not_nesting() -> None:
     assert parse(b'{"a":"[[[[[[[[[[[[[[[[[[[[\\"{{{{"}') == {"a": "[" * 20 + '"{{{{'}
 
 
-# --- from other formats -------------------------------------------------------------------------
+# --- the base ------------------------------------------------------------------------------------
 
 
-def peft_adapter(tmp_path: Path, variant: str = "bone", **options: Any) -> Adapter:
-    return read_adapter(make_adapter(tmp_path / "peft", variant, **options))
-
-
-@pytest.mark.parametrize("variant", ["bone", "bat", "mini"])
-def test_pefts_adapters_become_native(variant: str, tmp_path: Path) -> None:
-    adapter = peft_adapter(tmp_path, variant, base_model_name_or_path="owner/base", strange=1e-9)
-    found = rewritten(from_adapter(adapter), tmp_path / "out")
-    back = read_adapter(tmp_path / "out")
-    assert back.blocks.keys() == adapter.blocks.keys()
-    for name, block in adapter.blocks.items():
-        assert same_bits(back.blocks[name].tensor.read(), block.tensor.read())
-        assert (back.blocks[name].variant, back.blocks[name].axis) == (block.variant, block.axis)
-        assert (back.blocks[name].rank, back.blocks[name].mini_rank) == (RANK, block.mini_rank)
-    assert back.config.base_model_name_or_path == "owner/base"
-    info = found.metadata.info or {}
-    assert info["training"]["target_modules"] == ["down_proj", "q_proj", "up_proj"]
-    assert "strange" not in info["training"]  # canonical JSON cannot hold it
-    assert info["producer"].startswith("boneconv ")
-
-
-def test_the_bases_fingerprint_is_recorded(tmp_path: Path) -> None:
-    adapter = peft_adapter(tmp_path)
-    checkpoint = open_checkpoint(make_base(tmp_path / "base", shards=3))
-    digests = fingerprint(checkpoint, adapter)
-    native = from_adapter(adapter, homes=find_homes(adapter, checkpoint), digests=digests)
-    assert native.metadata.fingerprint == root_of(native.metadata.modules)
-    weight = base_tensors()[f"{next(iter(adapter.blocks))}.weight"]
-    module = native.metadata.modules[next(iter(adapter.blocks))]
-    assert (module.base_dtype, module.base_shape) == ("BF16", weight.shape)
-    rewritten(native, tmp_path / "out")
-    assert read_adapter(tmp_path / "out").base_digests == {
-        f"{name}.weight": tensor.digest for name, tensor in digests.items()
-    }
+def test_the_fingerprint_of_a_base(tmp_path: Path) -> None:
+    """Digests are those of the adapted weights, whatever the adapter's format and the shards."""
+    adapter = read_adapter(make_adapter(tmp_path / "peft"))
+    tensors = base_tensors()
+    found = fingerprint(open_checkpoint(make_base(tmp_path / "base", shards=3)), adapter)
+    assert found.keys() == adapter.blocks.keys()
+    for name, tensor in found.items():
+        weight = tensors[f"{name}.weight"]
+        assert isinstance(weight, np.ndarray)
+        assert (tensor.dtype, tensor.shape) == ("BF16", weight.shape)
+        assert tensor.digest == digest(weight)
 
 
 def test_a_fingerprint_of_another_base_is_none(tmp_path: Path) -> None:
-    adapter = peft_adapter(tmp_path)
+    adapter = read_adapter(make_adapter(tmp_path / "peft"))
     other = {f"x.{name}": tensor for name, tensor in base_tensors().items()}
     checkpoint = open_checkpoint(make_base(tmp_path / "base", other))
     with pytest.raises(NameMatchError, match="R28: "):
         fingerprint(checkpoint, adapter)
 
 
-def test_saved_modules_keep_their_names(tmp_path: Path) -> None:
-    saved = {
-        "model.score.dense.weight": grid((3, HIDDEN)),
-        "model.score.dense.bias": grid((3,)),
-        "model.norm.weight": grid((HIDDEN,)),
-    }
-    adapter = peft_adapter(tmp_path, saved=saved, modules_to_save=["score"], task_type="SEQ_CLS")
-    metadata = from_adapter(adapter).metadata
-    assert metadata.replaced == {
-        "model.norm": ("weight",),
-        "model.score": ("dense.bias", "dense.weight"),
-    }
-    assert metadata.added == ("model.score",)
-
-
-def test_a_base_tells_what_is_added_and_resized(tmp_path: Path) -> None:
-    saved = {"model.embed_tokens.weight": grid((40, HIDDEN)), "lm_head.weight": grid((40, HIDDEN))}
-    adapter = peft_adapter(tmp_path, saved=saved, modules_to_save=["embed_tokens", "lm_head"])
+def test_homes_are_named_as_the_adapter_names_them(tmp_path: Path) -> None:
+    saved = {"score.weight": grid((3, HIDDEN)), "model.layers.0.norm.weight": grid((HIDDEN,))}
+    adapter = read_adapter(make_adapter(tmp_path / "a", saved=saved, modules_to_save=["score"]))
     homes = find_homes(adapter, open_checkpoint(make_base(tmp_path / "base")))
-    metadata = from_adapter(adapter, homes=homes).metadata
-    assert (metadata.vocab_size, metadata.added) == (40, ("lm_head",))
-    assert from_adapter(adapter).metadata.vocab_size is None
+    weights = {f"{name}.weight" for name in adapter.blocks}
+    assert set(homes) == weights | {"model.layers.0.norm.weight"}
+    assert all(homes[name].name == name for name in homes)
 
 
-def test_a_bias_needs_the_base(tmp_path: Path) -> None:
-    name = next(iter(blocks_for_all()))
-    adapter = peft_adapter(tmp_path, saved={f"{name}.bias": grid((HIDDEN,))})
-    with pytest.raises(UsageError, match="Give the base"):
-        from_adapter(adapter)
-    homes = find_homes(adapter, open_checkpoint(make_base(tmp_path / "base")))
-    metadata = from_adapter(adapter, homes=homes).metadata
-    assert metadata.biases == (f"{name}.bias",)
-    assert metadata.modules[name].base_shape == (HIDDEN, HIDDEN)
-
-
-def test_a_weight_below_a_block_is_left_out_where_it_is_the_bases(tmp_path: Path) -> None:
-    name = next(iter(blocks_for_all()))
-    tensors = base_tensors()
-    homes_of = lambda adapter: find_homes(adapter, open_checkpoint(tmp_path / "base"))  # noqa: E731
-    make_base(tmp_path / "base", tensors)
-    weight = tensors[f"{name}.weight"]
-    assert isinstance(weight, np.ndarray)
-    adapter = peft_adapter(tmp_path, saved={f"{name}.weight": weight})
-    native = from_adapter(adapter, homes=homes_of(adapter))
-    assert native.metadata.replaced is None
-    assert len(native.tensors) == len(adapter.blocks)
-    with pytest.raises(NameMatchError, match="Give the base"):
-        from_adapter(adapter)
-    other = read_adapter(
-        make_adapter(tmp_path / "other", saved={f"{name}.weight": weight + weight.dtype.type(1)})
-    )
-    with pytest.raises(NameMatchError, match="Merge the adapter"):
-        from_adapter(other, homes=homes_of(other))
-
-
-def test_blocks_in_float64_have_no_place(tmp_path: Path) -> None:
-    adapter = peft_adapter(tmp_path, blocks=blocks_for_all(dtype=F64))
-    with pytest.raises(FormatError, match="R19: "):
-        write_native(from_adapter(adapter), tmp_path / "out")
+# --- violations ----------------------------------------------------------------------------------
 
 
 def test_all_violations_of_a_stage_are_found(tmp_path: Path) -> None:

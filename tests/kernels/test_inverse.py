@@ -6,6 +6,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
+import blake3
 import ml_dtypes
 import numpy as np
 import pytest
@@ -310,3 +311,22 @@ def _reverse_matmul(patch: pytest.MonkeyPatch) -> list[int]:
 
     patch.setattr(np, "matmul", matmul)
     return calls
+
+
+@pytest.mark.parametrize(
+    ("dtype", "digest"),
+    [
+        (BF16, "ee723f8cfe4f93c2"),
+        (F16, "3f3c199fe03882a2"),
+        (F32, "71e1d5c78c82e970"),
+    ],
+)
+def test_delta_files_of_version_1_rely_on_these_bits(dtype: np.dtype[Any], digest: str) -> None:
+    """Another result here makes every delta file useless: give the format a new version."""
+    count = np.arange(48 * 96, dtype=np.float64)
+    rows = (np.modf(count * 0.6180339887498949)[0] - 0.5).reshape(48, 96).astype(dtype)
+    block = (np.modf(count[: 3 * 16 * 16] * 0.7548776662466927)[0] - 0.5) / 4
+    stage = _bat(block.reshape(3, 16, 16).astype(np.float32), 0.75)
+    out = np.empty_like(rows)
+    InverseMerger([stage], rows.shape, dtype, dtype, bounded=False).merge(rows, 0, out, Scratch())
+    assert blake3.blake3(out.tobytes()).hexdigest()[:16] == digest

@@ -18,7 +18,6 @@ from boneconv.formats.native.base import (
     weight_faults,
 )
 from boneconv.formats.native.content import NativeAdapter, to_adapter
-from boneconv.formats.native.made import from_adapter
 from boneconv.formats.native.metadata import METADATA_KEY, Metadata, Module
 from boneconv.formats.native.peft_config import NATIVE_TYPE
 from boneconv.formats.native.read import WEIGHTS_NAME, open_native, read
@@ -41,7 +40,6 @@ __all__ = [
     "check_homes",
     "find_homes",
     "fingerprint",
-    "from_adapter",
     "home_faults",
     "mismatch",
     "open_native",
