@@ -192,21 +192,30 @@ def _run_processes(
     on_done: Callable[[Place, Result], None],
     workers: int,
 ) -> None:
+    """This process is one of the workers, and hears of the others between its own tasks."""
     fork = multiprocessing.get_context("fork")
     board = Board(lengths, lambda numbers: fork.RawArray("q", numbers), fork.Lock())
-    alive: dict[Connection, Any] = {}
+    others: dict[Connection, Any] = {}
     gc.freeze()  # a collection in a worker would copy every page that it shares with this process
     try:
-        for _ in range(workers):
+        for _ in range(workers - 1):
             receiver, sender = fork.Pipe(duplex=False)
             process = fork.Process(target=_live, args=(board, make_worker, sender, os.getpid()))
             process.start()
             sender.close()
-            alive[receiver] = process
-        _collect(dict(alive), on_done)
+            others[receiver] = process
+        alive = dict(others)
+
+        def done_here(message: tuple[Place, Result]) -> None:
+            on_done(*message)
+            _collect(alive, on_done, 0)
+
+        _work(board, make_worker, done_here)
+        while alive:
+            _collect(alive, on_done, None)
     finally:
         board.stop()
-        for receiver, process in alive.items():
+        for receiver, process in others.items():
             process.join(_PATIENCE)
             if process.is_alive():
                 process.kill()
@@ -226,18 +235,22 @@ def _live(board: Board, make_worker: MakeWorker[Result], sender: Connection, par
         sender.send(error)
 
 
-def _collect(alive: dict[Connection, Any], on_done: Callable[[Place, Result], None]) -> None:
-    while alive:
-        for ready in wait(list(alive)):
-            assert isinstance(ready, Connection)
-            try:
-                message = ready.recv()
-            except EOFError:
-                _check_exit(alive.pop(ready))
-                continue
-            if isinstance(message, BaseException):
-                raise message
-            on_done(*message)
+def _collect(
+    alive: dict[Connection, Any],
+    on_done: Callable[[Place, Result], None],
+    patience: float | None,
+) -> None:
+    """Takes what has come from the other workers, and forgets those that have ended."""
+    for ready in wait(list(alive), patience):
+        assert isinstance(ready, Connection)
+        try:
+            message = ready.recv()
+        except EOFError:
+            _check_exit(alive.pop(ready))
+            continue
+        if isinstance(message, BaseException):
+            raise message
+        on_done(*message)
 
 
 def _check_exit(process: Any) -> None:
