@@ -1128,6 +1128,7 @@ def configs() -> dict[str, Bad]:
         "config-layers": changed("R26", says + "some layers only", layers_to_transform=[0]),
         "config-bias": changed("R26", says + "trained biases", bias="all"),
         "config-saved": changed("R26", says + "saved modules", modules_to_save=["head"]),
+        "config-free-type": changed("R26", "a revision that is a number", revision=7),
         "config-native-rank": changed(
             "R26", "BONE_ADAPTER with PEFT's fields", peft_type="BONE_ADAPTER"
         ),

@@ -14,6 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
+#: Sections whose commands a test below runs as they stand.
+RUN = ("Merge an adapter", "Check an adapter", "Undo a merge", "Convert an adapter")
+FOLDERS = ("base", "restored")
+
 
 def blocks(language: str, section: str) -> list[str]:
     """The code blocks of a language in a section of the README."""
@@ -39,7 +43,7 @@ def run_shell(script: str, folder: Path) -> str:
 
 def test_every_shell_block_is_run_by_a_test() -> None:
     shown = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
-    sections = ("Try it", "Merge an adapter", "Convert an adapter", "Run the tests")
+    sections = ("Try it", *RUN, "Run the tests")
     assert sorted(shown) == sorted(block for s in sections for block in blocks("sh", s))
 
 
@@ -54,6 +58,18 @@ def test_the_convert_commands_work_as_pasted(tmp_path: Path) -> None:
     (block,) = blocks("sh", "Convert an adapter")
     run_shell(block, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"miss", "lora", "bat-lora", "native"}
+
+
+def test_the_validate_commands_work_as_pasted(tmp_path: Path) -> None:
+    (block,) = blocks("sh", "Check an adapter")
+    assert "valid" in run_shell(block, tmp_path)
+
+
+def test_the_unmerge_commands_work_as_pasted(tmp_path: Path) -> None:
+    (block,) = blocks("sh", "Undo a merge")
+    run_shell(block, tmp_path)
+    base, restored = (tmp_path / "undo" / name / "model.safetensors" for name in FOLDERS)
+    assert restored.read_bytes() == base.read_bytes()
 
 
 def test_the_python_example_works_as_pasted(tmp_path: Path) -> None:
