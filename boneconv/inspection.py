@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from boneconv.adapter import Adapter
 from boneconv.config import CONFIG_NAME, Variant
+from boneconv.errors import NotABoneAdapterError
 from boneconv.formats import load_adapter, read_adapter, says_native
 from boneconv.io.checkpoint import Checkpoint, open_checkpoint
+from boneconv.io.pth import PTH_SUFFIXES
 
 __all__ = ["AdapterSummary", "BlockSummary", "CheckpointSummary", "ShardSummary", "inspect"]
 
@@ -111,6 +114,9 @@ def inspect(path: str | os.PathLike[str]) -> AdapterSummary | CheckpointSummary:
     folder = local if local.is_dir() else local.parent
     if (folder / CONFIG_NAME).is_file() or says_native(local):
         return _adapter(read_adapter(local))
+    if local.suffix in PTH_SUFFIXES:
+        with suppress(NotABoneAdapterError):
+            return _adapter(read_adapter(local))
     return _checkpoint(open_checkpoint(local), local)
 
 

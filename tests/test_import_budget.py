@@ -59,7 +59,7 @@ def test_help_loads_no_numpy(arguments: list[str]) -> None:
     assert not _heavy(found) | found & {"numpy", "ml_dtypes", "blake3"}
 
 
-@pytest.mark.parametrize("command", ["merge", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["merge", "unmerge", "convert", "validate", "inspect", "demo"])
 def test_help_of_a_command_loads_no_numpy(command: str) -> None:
     found = _imported(RUN.format(code=0), command, "--help")
     assert not _heavy(found) | found & {"numpy", "ml_dtypes", "blake3"}

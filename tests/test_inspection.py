@@ -101,3 +101,15 @@ def test_what_is_neither(tmp_path: Path) -> None:
         inspect(tmp_path / "x.txt")
     with pytest.raises(NotABoneAdapterError):
         inspect(make_adapter(tmp_path / "a", peft_type="LORA"))
+
+
+def test_a_pth_file_is_an_adapter_or_a_checkpoint(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    adapter, base = tmp_path / "adapter.pth", tmp_path / "base.pth"
+    torch.save({"blocks.0.att.key.bone": torch.zeros(4, 12)}, adapter)
+    torch.save({"blocks.0.att.key.weight": torch.zeros(12, 8)}, base)
+    summary, checkpoint = inspect(adapter), inspect(base)
+    assert isinstance(summary, AdapterSummary)
+    assert (summary.format, summary.variant, summary.rank) == ("rwkv", "bone", 4)
+    assert isinstance(checkpoint, CheckpointSummary)
+    assert (checkpoint.tensors, checkpoint.parameters) == (1, 96)
