@@ -116,13 +116,13 @@ def _merge(
     for first, count in _chunks(segment, merger.preferred_rows()):
         shape = (count, segment.row_elements)
         rows = _read(segment, reader, first, shape, desk)
+        source_hash.update(byte_view(rows))  # while they are in the cache
         out = desk.array("out", shape, FLOATS[segment.tensor.dtype])
         try:
             found = merger.merge(rows, first, out, desk.scratch)
         except NonFiniteError as error:
             raise _name_tensor(error, segment) from error
         measures = larger(measures, found or ())
-        source_hash.update(byte_view(rows))
         output_hash.update(byte_view(out))
         _write(segment, writer, first, out)
     return Leaves(tuple(source_hash.leaves()), tuple(output_hash.leaves()), measures)

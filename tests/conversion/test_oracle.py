@@ -85,6 +85,17 @@ def test_bone_and_miss_are_one_in_peft(
     assert _distance(tiny.peft_logits(other), tiny.peft_logits(case)) == 0.0
 
 
+@pytest.mark.parametrize("variant", ["bone", "bat"])
+@pytest.mark.parametrize("name", ["llama-tied", "bert", "gpt-neox"])
+def test_peft_loads_a_native_adapter_as_it_is(
+    tiny_case: TinyCase, tmp_path: Path, name: str, variant: tiny.Variant
+) -> None:
+    case = tiny_case(name, variant=variant)
+    native = _converted(case, tmp_path / "native", "native", base=case.base)
+    assert boneconv.validate(native.adapter, base=case.base).valid
+    assert _distance(tiny.peft_logits(native), tiny.peft_logits(case)) == 0.0
+
+
 @pytest.mark.parametrize("to", ["native", "rwkv"])
 def test_an_adapter_that_went_another_way_gives_the_same_logits(
     tiny_case: TinyCase, tmp_path: Path, to: str
