@@ -72,10 +72,7 @@ def run(arguments: list[str]) -> int:
 
     try:
         result = cli.main(arguments, prog_name="boneconv", standalone_mode=False)
-    except click.exceptions.Abort:
-        click.echo("Interrupted.", err=True)
-        return 130
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         return 130
     except click.ClickException as error:
@@ -84,9 +81,6 @@ def run(arguments: list[str]) -> int:
     except BoneconvError as error:
         click.echo(f"Error: {error}", err=True)
         return error.exit_code
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
-        return 3
     except OSError as error:
         click.echo(f"Error: {MachineError(str(error))}", err=True)
         return 3
