@@ -131,13 +131,7 @@ class BoneConfig:
         try:
             return cls(**chosen, unknown=unknown)
         except ConfigError as error:
-            raise ConfigError(
-                error.message,
-                path=path,
-                expected=error.expected,
-                found=error.found,
-                hint=error.hint,
-            ) from error
+            raise error.restated(error.message, path) from error
 
     @classmethod
     def from_file(cls, path: Path) -> BoneConfig:

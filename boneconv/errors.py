@@ -26,7 +26,7 @@ to do about it (``hint``). The command line maps the class to its exit code and 
 from __future__ import annotations
 
 import os
-from typing import ClassVar
+from typing import ClassVar, Self
 
 __all__ = [
     "BaseMismatchError",
@@ -84,6 +84,12 @@ class BoneconvError(Exception):
         self.found = None if found is None else str(found)
         self.hint = hint
         super().__init__(self._text())
+
+    def restated(self, message: str, path: str | os.PathLike[str] | None) -> Self:
+        """The same error with another message and place, for a caller that knows more."""
+        return type(self)(
+            message, path=path, expected=self.expected, found=self.found, hint=self.hint
+        )
 
     def _text(self) -> str:
         message = _short(self.message)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
-from typing import Protocol
 
 from boneconv.adapter import Adapter
 from boneconv.conversion.base import AdaptedWeights, adapted_weights, check_fingerprint
@@ -26,6 +25,7 @@ from boneconv.conversion.to_lora import (
     write_lora,
 )
 from boneconv.conversion.to_native import to_native
+from boneconv.engine.progress import Progress
 from boneconv.errors import UsageError
 from boneconv.formats import native, peft, peft_write, read_adapter, rwkv
 from boneconv.formats.native.peft_config import misread_by_peft
@@ -38,18 +38,6 @@ from boneconv.io.staging import Staging, check_free, require_space
 __all__ = ["ConvertResult", "ModuleError", "Progress", "Target", "convert"]
 
 PathLike = str | os.PathLike[str]
-
-
-class Progress(Protocol):
-    """Is told how far a conversion is."""
-
-    def start(self, total: int) -> None:
-        """The conversion will go through ``total`` bytes of weights."""
-        ...
-
-    def advance(self, nbytes: int) -> None:
-        """It went through ``nbytes`` more."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from boneconv.adapter import Adapter
 from boneconv.conversion.options import Options
 from boneconv.conversion.to_lora import ModuleError
 from boneconv.digest import file_digest
+from boneconv.engine.plan import RECORD_NAME
 from boneconv.io.hub import Source
 
 __all__ = ["RECORD_NAME", "encode_record"]
-
-RECORD_NAME = "boneconv.json"
 
 
 def encode_record(

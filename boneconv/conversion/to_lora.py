@@ -254,10 +254,4 @@ class _Named:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, InputError):
-            raise type(error)(
-                f"{self._module!r}: {error.message}",
-                path=error.path,
-                expected=error.expected,
-                found=error.found,
-                hint=error.hint,
-            ) from error
+            raise error.restated(f"{self._module!r}: {error.message}", error.path) from error

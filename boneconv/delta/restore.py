@@ -54,12 +54,7 @@ def inverse_merger(
     try:
         return InverseMerger(stages, shape, source, target, bounded=bounded)
     except InputError as error:
-        raise type(error)(
-            f"{name!r}: {error.message}",
-            expected=error.expected,
-            found=error.found,
-            hint=error.hint,
-        ) from error
+        raise error.restated(f"{name!r}: {error.message}", None) from error
 
 
 @dataclass(frozen=True)

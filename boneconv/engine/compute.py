@@ -192,10 +192,5 @@ def _required(reader: Reader | None) -> Reader:
 
 def _name_tensor(error: NonFiniteError, segment: Segment) -> NonFiniteError:
     source = segment.tensor.source
-    return NonFiniteError(
-        f"{segment.tensor.name!r}: {error.message}",
-        path=None if isinstance(source, ArrayTensor) else source.path,
-        expected=error.expected,
-        found=error.found,
-        hint=error.hint,
-    )
+    path = None if isinstance(source, ArrayTensor) else source.path
+    return error.restated(f"{segment.tensor.name!r}: {error.message}", path)

@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING
 from boneconv.adapter import Block
 from boneconv.io.files import machine_errors
 from boneconv.io.pth_layout import layout_pth
-from boneconv.io.safetensors import StoredTensor, Tensor, layout, tensor_nbytes
+from boneconv.io.safetensors import SafetensorsFile, StoredTensor, Tensor, layout, tensor_nbytes
 
 if TYPE_CHECKING:
     from boneconv.engine.compute import Merger
 
-__all__ = ["Action", "Plan", "PlannedShard", "PlannedTensor", "Update"]
+__all__ = ["RECORD_NAME", "Action", "Plan", "PlannedShard", "PlannedTensor", "Update"]
+
+
+#: The record of what a workflow did, inside a folder; beside a file, its name follows the file's.
+RECORD_NAME = "boneconv.json"
 
 
 class Action(StrEnum):
@@ -110,6 +114,15 @@ class PlannedShard:
         tensors = tuple(tensors)
         head, offsets, size = layout([(t.name, t.dtype, t.shape) for t in tensors], metadata)
         return cls(name, tensors, head, offsets, size)
+
+    @classmethod
+    def like(
+        cls, file: SafetensorsFile, name: str, tensors: Iterable[PlannedTensor]
+    ) -> PlannedShard:
+        """Plans a file with another's layout and header, byte for byte."""
+        offsets = {tensor.name: tensor.offset for tensor in file.tensors.values()}
+        size = file.path.stat().st_size
+        return cls(name, tuple(tensors), file.read_head(), offsets, size)
 
     @classmethod
     def lay_out_pth(cls, name: str, tensors: Iterable[PlannedTensor]) -> PlannedShard:

@@ -116,10 +116,5 @@ def new_merger(tensor: PlannedTensor, device: str = "cpu") -> Merger:
         return TorchRowMerger(stages, tensor.matrix_shape, source, target, device=device)
     except (NonFiniteError, ShapeError) as error:
         block = tensor.updates[0].block.tensor
-        raise type(error)(
-            f"the block of {tensor.name!r}: {error.message}",
-            path=block.path if isinstance(block, StoredTensor) else None,
-            expected=error.expected,
-            found=error.found,
-            hint=error.hint,
-        ) from error
+        path = block.path if isinstance(block, StoredTensor) else None
+        raise error.restated(f"the block of {tensor.name!r}: {error.message}", path) from error

@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 from boneconv.errors import MachineError
 
-__all__ = ["Board", "Place", "can_fork", "run_queues"]
+__all__ = ["Board", "Place", "can_fork", "run_queues", "usable_cores"]
 
 Result = TypeVar("Result")
 
@@ -38,6 +38,13 @@ _PATIENCE = 10.0  # seconds for a stopped worker to finish the task it is at
 def can_fork() -> bool:
     """Whether workers can be processes: not on Windows and macOS, nor beside other threads."""
     return sys.platform == "linux" and threading.active_count() == 1
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def run_queues(

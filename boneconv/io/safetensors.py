@@ -122,6 +122,13 @@ class SafetensorsFile:
     metadata: Mapping[str, str]
     data_start: int
 
+    def read_head(self) -> bytes:
+        """The bytes before the tensors': length and header, as they stand."""
+        head = bytearray(self.data_start)
+        with Reader(self.path) as reader:
+            reader.read_into(memoryview(head), 0)
+        return bytes(head)
+
 
 def read_header(path: Path) -> SafetensorsFile:
     """Parses and checks a file's header; reads nothing else.

@@ -52,13 +52,7 @@ def numbered(error: NonFiniteError, strengths: tuple[Strength, ...]) -> NonFinit
             return NonFiniteError(f"R23: {violation.message}", path=violation.path)
     if not native:
         return error
-    return NonFiniteError(
-        f"R31: {error.message}",
-        path=error.path,
-        expected=error.expected,
-        found=error.found,
-        hint=error.hint,
-    )
+    return error.restated(f"R31: {error.message}", error.path)
 
 
 def _read_digest(tensor: StoredTensor) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from boneconv.dtypes import by_cli_name, cli_name
 from boneconv.engine.memory import predict_peak
 from boneconv.engine.plan import Action, Plan
+from boneconv.engine.workers import usable_cores
 from boneconv.errors import UsageError
 from boneconv.formats import read_adapter
 from boneconv.io.checkpoint import Checkpoint, open_checkpoint
@@ -21,7 +22,7 @@ from boneconv.merging.files import plan_files
 from boneconv.merging.record import adapter_entry, record_size, source_entry
 from boneconv.merging.shards import parse_size, plan_shards
 
-__all__ = ["MergePlan", "Options", "PathLike", "plan_located", "plan_merge", "usable_cores"]
+__all__ = ["MergePlan", "Options", "PathLike", "plan_located", "plan_merge"]
 
 PathLike = str | os.PathLike[str]
 
@@ -142,13 +143,6 @@ def plan_located(base: Source, adapters: Sequence[PathLike], options: Options) -
     plan = replace(plan, record_bytes=recorded)
     peak = predict_peak(plan, options.workers)
     return MergePlan(base, sources, strengths, plan, accounts, peak)
-
-
-def usable_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _config(base: Checkpoint) -> ConfigEdits | None:

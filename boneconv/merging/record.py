@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from boneconv import __version__
-from boneconv.engine.plan import Action, Plan
+from boneconv.engine.plan import RECORD_NAME, Action, Plan
 from boneconv.engine.stream import ShardDigests, TensorDigests
 from boneconv.io.hub import Source
 from boneconv.merging.accounts import Strength
@@ -15,7 +15,6 @@ from boneconv.merging.card import hub_id
 
 __all__ = ["RECORD_NAME", "adapter_entry", "encode_record", "record_size", "source_entry"]
 
-RECORD_NAME = "boneconv.json"
 
 _ANY_DIGEST = "0" * 64
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from boneconv.delta import DeltaJob
 from boneconv.digest import file_digest
 from boneconv.engine.commit import Run, carry_out_all
 from boneconv.engine.device import check_device
 from boneconv.engine.plan import Plan, PlannedShard
+from boneconv.engine.progress import Progress
 from boneconv.engine.stream import ShardDigests
 from boneconv.errors import NonFiniteError, UsageError
 from boneconv.formats.native import Violation
@@ -27,18 +27,6 @@ from boneconv.merging.plan import MergePlan, Options, PathLike, plan_located
 from boneconv.merging.record import RECORD_NAME, adapter_entry, encode_record, source_entry
 
 __all__ = ["MergeResult", "Progress", "merge"]
-
-
-class Progress(Protocol):
-    """Is told how far a merge is."""
-
-    def start(self, total: int) -> None:
-        """The merge will write ``total`` bytes of tensors."""
-        ...
-
-    def advance(self, nbytes: int) -> None:
-        """It wrote ``nbytes`` more; called from several threads."""
-        ...
 
 
 @dataclass(frozen=True)

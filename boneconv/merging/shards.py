@@ -7,14 +7,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from boneconv.dtypes import FLOATS
 from boneconv.engine.plan import Action, PlannedShard, PlannedTensor
 from boneconv.errors import UsageError
 from boneconv.io.checkpoint import Checkpoint
-from boneconv.io.files import Reader
 from boneconv.io.safetensors import SafetensorsFile
 from boneconv.merging.accounts import Accounts, Addition
 
@@ -117,16 +115,7 @@ def _same_file(old: SafetensorsFile, name: str, tensors: list[PlannedTensor]) ->
         (t.name, t.dtype, t.shape) for t in old.tensors.values()
     ]:
         return PlannedShard.lay_out(name, tensors, old.metadata)
-    head = _read_head(old.path, old.data_start)
-    offsets = {tensor.name: tensor.offset for tensor in old.tensors.values()}
-    return PlannedShard(name, tuple(tensors), head, offsets, old.path.stat().st_size)
-
-
-def _read_head(path: Path, length: int) -> bytes:
-    head = bytearray(length)
-    with Reader(path) as reader:
-        reader.read_into(memoryview(head), 0)
-    return bytes(head)
+    return PlannedShard.like(old, name, tensors)
 
 
 def _split(base: Checkpoint, tensors: list[PlannedTensor], limit: int) -> tuple[PlannedShard, ...]:

@@ -13,12 +13,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from boneconv.delta import DeltaFile, open_delta
 from boneconv.digest import file_digest
 from boneconv.engine.commit import carry_out
 from boneconv.engine.plan import Action, Plan
+from boneconv.engine.progress import Progress
+from boneconv.engine.workers import usable_cores
 from boneconv.errors import UsageError
 from boneconv.io.checkpoint import Checkpoint, open_checkpoint
 from boneconv.io.hub import ADAPTER, BASE, locate
@@ -31,18 +32,6 @@ from boneconv.unmerging.records import RECORD_NAME, MergeRecord, RestoredTensor,
 __all__ = ["Progress", "RestoredTensor", "UnmergeResult", "unmerge"]
 
 PathLike = str | os.PathLike[str]
-
-
-class Progress(Protocol):
-    """Is told how far an unmerge is."""
-
-    def start(self, total: int) -> None:
-        """The unmerge will write ``total`` bytes of tensors."""
-        ...
-
-    def advance(self, nbytes: int) -> None:
-        """It wrote ``nbytes`` more."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -142,7 +131,7 @@ def unmerge(
         record_name=record_path.name,
         is_file=is_file,
         force=force,
-        workers=workers or _usable_cores(),
+        workers=workers or usable_cores(),
         advance=progress.advance if progress is not None else lambda nbytes: None,
     )
     restored = outcome.restored(digests)
@@ -216,9 +205,3 @@ def _notes(
         if any(each.adapter.side_files for each in adapters):
             notes.append("tokenizer files may be the adapter's: the merge prefers them")
     return tuple(notes)
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -12,7 +12,6 @@ from boneconv.dtypes import FLOATS
 from boneconv.engine.plan import Action, Plan, PlannedShard, PlannedTensor, Update
 from boneconv.errors import FormatError, InputError, listing
 from boneconv.io.checkpoint import Checkpoint
-from boneconv.io.files import Reader
 from boneconv.io.pth import PTH_SUFFIXES
 from boneconv.io.safetensors import SafetensorsFile
 from boneconv.unmerging.matching import Merged, listing_in_order
@@ -65,11 +64,7 @@ def _same_file(
         tensors.append(made)
     if shard.path.suffix in PTH_SUFFIXES:
         return PlannedShard.lay_out_pth(name, tensors)
-    head = bytearray(shard.data_start)
-    with Reader(shard.path) as reader:
-        reader.read_into(memoryview(head), 0)
-    offsets = {tensor.name: tensor.offset for tensor in shard.tensors.values()}
-    return PlannedShard(name, tuple(tensors), bytes(head), offsets, shard.path.stat().st_size)
+    return PlannedShard.like(shard, name, tensors)
 
 
 def plan_with(

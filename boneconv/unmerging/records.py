@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from boneconv import __version__
-from boneconv.engine.plan import Action
+from boneconv.engine.plan import RECORD_NAME, Action
 from boneconv.errors import FormatError, UsageError
 from boneconv.strict_json import read_object
 
@@ -23,7 +23,6 @@ __all__ = [
     "read_record",
 ]
 
-RECORD_NAME = "boneconv.json"
 _VERSION = 1
 
 
