@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from boneconv.errors import BoneconvError
     from boneconv.formats import load_adapter
     from boneconv.inspection import inspect
-    from boneconv.merging import MergePlan, MergeResult, merge, plan_merge
+    from boneconv.merging import MergeResult, merge
+    from boneconv.planning import MergePlan, plan_merge
     from boneconv.unmerging import UnmergeResult, unmerge
     from boneconv.validation import Validation, validate
 
@@ -51,7 +52,7 @@ _HOMES = {
     "BoneConfig": "config",
     "BoneconvError": "errors",
     "ConvertResult": "conversion",
-    "MergePlan": "merging",
+    "MergePlan": "planning",
     "MergeResult": "merging",
     "UnmergeResult": "unmerging",
     "Validation": "validation",
@@ -60,7 +61,7 @@ _HOMES = {
     "inspect": "inspection",
     "load_adapter": "formats",
     "merge": "merging",
-    "plan_merge": "merging",
+    "plan_merge": "planning",
     "unmerge": "unmerging",
     "validate": "validation",
 }

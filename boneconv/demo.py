@@ -18,7 +18,8 @@ from boneconv.formats.peft import SAFETENSORS_NAME
 from boneconv.io.checkpoint import open_checkpoint
 from boneconv.io.safetensors import write_tensors
 from boneconv.kernels import Stage, exact
-from boneconv.merging import merge, plan_merge
+from boneconv.merging import merge
+from boneconv.planning import plan_merge
 
 __all__ = ["DemoRow", "demo"]
 

@@ -22,8 +22,8 @@ import boneconv
 from boneconv.errors import BoneconvError
 from boneconv.formats import read_adapter
 from boneconv.formats.native import RULES
-from boneconv.merging import accounts
 from boneconv.names import DIRECT, Resolution
+from boneconv.planning import accounts
 from tests.builders import F64, Array
 from tests.oracle.quiet import quiet_peft
 

@@ -13,7 +13,8 @@ from boneconv.cli.console import Bar, echo_json, note, one_line, size, table
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from boneconv.merging import MergePlan, MergeResult
+    from boneconv.merging import MergeResult
+    from boneconv.planning import MergePlan
 
 __all__ = ["command"]
 
@@ -118,7 +119,8 @@ def command(
 
     Example: boneconv merge ./SmolLM2-135M ./my-bone-adapter ./merged
     """
-    from boneconv.merging import merge, plan_merge
+    from boneconv.merging import merge
+    from boneconv.planning import plan_merge
 
     pairs = [_pair(text) for text in each]
     options: dict[str, Any] = {

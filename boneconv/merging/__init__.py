@@ -1,12 +1,11 @@
-"""Merging adapters into a checkpoint: plan from headers alone, then stream.
+"""Merging adapters into a checkpoint: a plan, carried out in one pass over the base.
 
-`accounts` finds a home for every adapter tensor, `shards` lays the result out in files, `plan` puts
-both together and stops before anything is written, `run` has the engine write it.
+`run` has the engine write what `boneconv.planning` says, `native_rules` holds the digests that come
+out of it against an adapter's fingerprint, `kept_delta` keeps what restores the base.
 """
 
 from __future__ import annotations
 
-from boneconv.merging.plan import MergePlan, plan_merge
 from boneconv.merging.run import MergeResult, Progress, merge
 
-__all__ = ["MergePlan", "MergeResult", "Progress", "merge", "plan_merge"]
+__all__ = ["MergeResult", "Progress", "merge"]

@@ -9,7 +9,7 @@ from boneconv.errors import NonFiniteError
 from boneconv.formats.native import Violation, mismatch, value_faults
 from boneconv.io.files import Reader
 from boneconv.io.safetensors import StoredTensor
-from boneconv.merging.accounts import Accounts, Strength
+from boneconv.planning.accounts import Accounts, Strength
 
 __all__ = ["mismatches", "numbered"]
 

@@ -23,8 +23,8 @@ from boneconv.io.pth import PTH_SUFFIXES
 from boneconv.io.staging import check_free
 from boneconv.merging.kept_delta import KeptDelta, check_place
 from boneconv.merging.native_rules import mismatches, numbered
-from boneconv.merging.plan import MergePlan, Options, PathLike, plan_located
-from boneconv.merging.record import RECORD_NAME, adapter_entry, encode_record, source_entry
+from boneconv.planning.plan import MergePlan, Options, PathLike, plan_located
+from boneconv.planning.record import RECORD_NAME, adapter_entry, encode_record, source_entry
 
 __all__ = ["MergeResult", "Progress", "merge"]
 

@@ -25,7 +25,7 @@ from boneconv.errors import (
 )
 from boneconv.io.files import Writer
 from boneconv.io.staging import Staging
-from boneconv.merging import plan_merge
+from boneconv.planning import plan_merge
 from tests.builders import make_adapter, make_base, snapshot
 
 SHARDS = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]

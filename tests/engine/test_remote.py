@@ -16,7 +16,7 @@ from boneconv.engine.commit import carry_out
 from boneconv.engine.plan import Plan
 from boneconv.engine.stream import ShardDigests
 from boneconv.errors import MachineError, NonFiniteError
-from boneconv.merging import plan_merge
+from boneconv.planning import plan_merge
 from tests.builders import blocks_for_all, make_adapter, make_base, snapshot
 
 

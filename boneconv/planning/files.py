@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 from boneconv.engine.plan import Plan, PlannedShard
 from boneconv.io.checkpoint import Checkpoint
 from boneconv.io.hub import Source
-from boneconv.merging.accounts import Strength
-from boneconv.merging.card import hub_id, model_card
-from boneconv.merging.config_edits import ConfigEdits
-from boneconv.merging.record import RECORD_NAME
-from boneconv.merging.shards import encode_index
+from boneconv.planning.accounts import Strength
+from boneconv.planning.card import hub_id, model_card
+from boneconv.planning.config_edits import ConfigEdits
+from boneconv.planning.record import RECORD_NAME
+from boneconv.planning.shards import encode_index
 
 __all__ = ["plan_files"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from boneconv.errors import ConfigError, FormatError
-from boneconv.merging.config_edits import ConfigEdits
+from boneconv.planning.config_edits import ConfigEdits
 
 
 def _edits(tmp_path: Path, values: Any) -> ConfigEdits:

@@ -13,8 +13,8 @@ from boneconv.engine.plan import PlannedShard
 from boneconv.errors import UsageError
 from boneconv.io.checkpoint import Checkpoint, open_checkpoint
 from boneconv.io.safetensors import ArrayTensor
-from boneconv.merging.accounts import Accounts, Addition
-from boneconv.merging.shards import encode_index, parse_size, plan_shards
+from boneconv.planning.accounts import Accounts, Addition
+from boneconv.planning.shards import encode_index, parse_size, plan_shards
 from tests.builders import (
     EMBEDDING,
     F16,

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from boneconv.merging import merge, plan_merge
+from boneconv.merging import merge
+from boneconv.planning import plan_merge
 from tests.builders import make_adapter, make_base, snapshot
 
 SIDE = {

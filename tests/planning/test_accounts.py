@@ -24,7 +24,8 @@ from boneconv.errors import (
     UsageError,
 )
 from boneconv.io.checkpoint import open_checkpoint
-from boneconv.merging import merge, plan_merge
+from boneconv.merging import merge
+from boneconv.planning import plan_merge
 from tests.builders import (
     BF16,
     DOWN,

@@ -16,11 +16,11 @@ from boneconv.errors import UsageError
 from boneconv.formats import read_adapter
 from boneconv.io.checkpoint import Checkpoint, open_checkpoint
 from boneconv.io.hub import ADAPTER, BASE, Source, locate
-from boneconv.merging.accounts import Accounts, Strength, settle
-from boneconv.merging.config_edits import ConfigEdits
-from boneconv.merging.files import plan_files
-from boneconv.merging.record import adapter_entry, record_size, source_entry
-from boneconv.merging.shards import parse_size, plan_shards
+from boneconv.planning.accounts import Accounts, Strength, settle
+from boneconv.planning.config_edits import ConfigEdits
+from boneconv.planning.files import plan_files
+from boneconv.planning.record import adapter_entry, record_size, source_entry
+from boneconv.planning.shards import parse_size, plan_shards
 
 __all__ = ["MergePlan", "Options", "PathLike", "plan_located", "plan_merge"]
 

@@ -14,7 +14,7 @@ from boneconv.engine.plan import Action, PlannedShard, PlannedTensor
 from boneconv.errors import UsageError
 from boneconv.io.checkpoint import Checkpoint
 from boneconv.io.safetensors import SafetensorsFile
-from boneconv.merging.accounts import Accounts, Addition
+from boneconv.planning.accounts import Accounts, Addition
 
 __all__ = ["encode_index", "parse_size", "plan_shards"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from boneconv import __version__
-from boneconv.merging.accounts import Strength
+from boneconv.planning.accounts import Strength
 
 __all__ = ["hub_id", "model_card"]
 

@@ -8,8 +8,8 @@ import pytest
 
 from boneconv import __version__
 from boneconv.formats import read_adapter
-from boneconv.merging.accounts import Strength
-from boneconv.merging.card import hub_id, model_card
+from boneconv.planning.accounts import Strength
+from boneconv.planning.card import hub_id, model_card
 from tests.builders import make_adapter
 
 

@@ -10,8 +10,8 @@ from boneconv import __version__
 from boneconv.engine.plan import RECORD_NAME, Action, Plan
 from boneconv.engine.stream import ShardDigests, TensorDigests
 from boneconv.io.hub import Source
-from boneconv.merging.accounts import Strength
-from boneconv.merging.card import hub_id
+from boneconv.planning.accounts import Strength
+from boneconv.planning.card import hub_id
 
 __all__ = ["RECORD_NAME", "adapter_entry", "encode_record", "record_size", "source_entry"]
 

@@ -18,9 +18,9 @@ from boneconv.errors import FormatError, NameMatchError, ShapeError, UsageError,
 from boneconv.formats.native import check_homes
 from boneconv.io.checkpoint import Checkpoint
 from boneconv.io.safetensors import StoredTensor, Tensor
-from boneconv.merging.config_edits import ConfigEdits
-from boneconv.merging.fit import check_block_fits, is_resize
 from boneconv.names import Resolution, disk_name, resolve, tied_names, trained_on
+from boneconv.planning.config_edits import ConfigEdits
+from boneconv.planning.fit import check_block_fits, is_resize
 
 __all__ = ["Accounts", "Addition", "Strength", "settle"]
 
