@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from boneconv.errors import FormatError, MissingPathError, NameMatchError, listing
+from boneconv.io.links import check_inside
 from boneconv.io.pth import PTH_SUFFIXES, locate_tensors
 from boneconv.io.safetensors import SafetensorsFile, StoredTensor, read_header
 from boneconv.strict_json import read_object
@@ -91,8 +92,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         MissingPathError: The path, or a shard that the index names, is not there.
-        FormatError: A file is malformed, the index contradicts the shards or names a file outside
-            the folder, or the folder holds no weights that can be read.
+        FormatError: A file is malformed or a link out of the folder, the index contradicts the
+            shards or names a file outside the folder, or the folder holds no weights that can be
+            read.
         NameMatchError: Two shards hold a tensor of one name.
     """
     if path.is_file():
@@ -204,6 +206,9 @@ def _build(
             shard_of[name] = shard_name
     own = {*shards, index_name}
     side_files, left_out = ([], []) if single_file else _other_files(root, own)
+    if not single_file:
+        for path in (*shards, index_name or ".", *side_files):
+            check_inside(root, root / path)
     return Checkpoint(
         root,
         shards,

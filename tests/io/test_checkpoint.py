@@ -82,15 +82,25 @@ def test_the_index_is_trusted_over_the_listing(tmp_path: Path) -> None:
     assert _paths(found.left_out) == {"model-00003-of-00003.safetensors"}
 
 
-def test_links_are_followed(tmp_path: Path) -> None:
+def test_links_of_the_hub_s_cache_are_followed(tmp_path: Path) -> None:
     real = make_base(tmp_path / "blobs", shards=2, files={"tokenizer.json": "{}"})
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+    snapshot = tmp_path / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
     for path in real.iterdir():
         (snapshot / path.name).symlink_to(os.path.relpath(path, snapshot))
     found = open_checkpoint(snapshot)
     assert set(found.tensors) == set(base_tensors())
     assert _paths(found.side_files) == {"tokenizer.json"}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_link_out_of_a_plain_folder_is_refused(tmp_path: Path, name: str) -> None:
+    files = {"tokenizer.json": "{}", "config.json": "{}"}
+    base = make_base(tmp_path / "base", files=files)
+    (base / name).rename(tmp_path / "elsewhere")
+    (base / name).symlink_to("../elsewhere")
+    with pytest.raises(FormatError, match="a link leads out of its folder"):
+        open_checkpoint(base)
 
 
 # --- the other files --------------------------------------------------------------------------

@@ -80,11 +80,12 @@ def test_a_later_adapter_s_tokenizer_wins_over_an_earlier_one_s(tmp_path: Path) 
 
 def test_links_of_the_hub_s_cache_are_followed(tmp_path: Path) -> None:
     real = make_base(tmp_path / "blobs", shards=2, files=SIDE)
-    base = tmp_path / "base"
+    base = tmp_path / "snapshots" / "0123"
     for path in [p for p in real.rglob("*") if p.is_file()]:
         link = base / path.relative_to(real)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(path, link.parent))
+    (tmp_path / "base").symlink_to(base)
     make_adapter(tmp_path / "adapter")
     found = _merge(tmp_path)
     assert all(found[name] == SIDE[name].encode() for name in set(SIDE) - {"README.md"})
