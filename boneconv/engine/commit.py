@@ -101,7 +101,7 @@ def carry_out_all(
         advance: Is told how many bytes were written.
 
     Returns:
-        The digests of every tensor, for each output.
+        The digests of every tensor, for each output, by `PlannedShard.output_name`.
 
     Raises:
         OutputExistsError, LockedError, DiskFullError, MachineError: An output cannot be written.
@@ -155,25 +155,29 @@ class _Output:
                 beside=run.beside,
             )
         )
-        done = {shard.name: self._digests_on_disk(shard) for shard in run.plan.shards}
-        self.digests: ShardDigests = {
-            name: each for found in done.values() for name, each in (found or {}).items()
-        }
-        self.missing = [shard for shard in run.plan.shards if done[shard.name] is None]
-        self.done_bytes = sum(
-            tensor.nbytes
-            for shard in run.plan.shards
-            if done[shard.name] is not None
-            for tensor in shard.tensors
-        )
+        self.digests: ShardDigests = {}
+        self.missing: list[PlannedShard] = []
+        self.done_bytes = 0
+        for shard in run.plan.shards:
+            found = self._digests_on_disk(shard)
+            if found is None:
+                self.missing.append(shard)
+            else:
+                self._note(shard, found)
+                self.done_bytes += sum(tensor.nbytes for tensor in shard.tensors)
 
     def path_of(self, shard: PlannedShard) -> Path:
-        """Where a shard is written."""
-        return self.staging.target if self._run.is_file else self.staging.target / shard.name
+        """Where a shard is written; makes its folder."""
+        if self._run.is_file:
+            return self.staging.target
+        path = self.staging.target / shard.name
+        with machine_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def finished(self, shard: PlannedShard, found: ShardDigests) -> None:
         """Notes that a shard is complete and flushed."""
-        self.digests.update(found)
+        self._note(shard, found)
         self.staging.record(shard.name, {"tensors": {k: asdict(v) for k, v in found.items()}})
 
     def complete(self) -> None:
@@ -186,6 +190,9 @@ class _Output:
             _write_file(self.staging.target / self._run.record_name, content)
         if self._run.before_publish is not None:
             self._run.before_publish(self.staging.target, self.digests)
+
+    def _note(self, shard: PlannedShard, found: ShardDigests) -> None:
+        self.digests.update({shard.output_name(name): each for name, each in found.items()})
 
     def _digests_on_disk(self, shard: PlannedShard) -> ShardDigests | None:
         """The digests of a shard that an earlier run completed and nobody touched since."""

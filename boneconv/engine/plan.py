@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -91,7 +91,8 @@ class PlannedShard:
     """A file to write.
 
     Attributes:
-        name: Its name, relative to the output.
+        name: Its name, relative to the output: ``model.safetensors``, or
+            ``unet/diffusion_pytorch_model.safetensors`` in a pipeline.
         tensors: Its tensors, in the order of their bytes.
         head: The file's first bytes: header length and header.
         offsets: Where each tensor starts, from the start of the file.
@@ -105,6 +106,15 @@ class PlannedShard:
     offsets: Mapping[str, int]
     size: int
     seal: Callable[[Path], None] | None = None
+
+    def output_name(self, tensor: str) -> str:
+        """What tells one of its tensors from all others of the output: ``unet/conv_in.weight``.
+
+        It is the tensor's name after the file's folder: two components of a pipeline may have
+        tensors of one name. In an output that is one checkpoint it is the tensor's name.
+        """
+        folder, slash, _ = self.name.rpartition("/")
+        return f"{folder}{slash}{tensor}"
 
     @classmethod
     def lay_out(
@@ -156,6 +166,15 @@ class Plan:
         return tuple(tensor for shard in self.shards for tensor in shard.tensors)
 
     @property
+    def named(self) -> dict[str, PlannedTensor]:
+        """All tensors, by what tells them apart (`PlannedShard.output_name`)."""
+        return {
+            shard.output_name(tensor.name): tensor
+            for shard in self.shards
+            for tensor in shard.tensors
+        }
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the weight files."""
         return sum(shard.size for shard in self.shards)
@@ -176,6 +195,16 @@ class Plan:
     def by_action(self, action: Action) -> Sequence[PlannedTensor]:
         """The tensors with an action, in the order of the output."""
         return [tensor for tensor in self.tensors if tensor.action is action]
+
+    def inside(self, folder: str) -> Plan:
+        """The same files in a folder of the output."""
+        return replace(
+            self,
+            shards=tuple(replace(shard, name=f"{folder}/{shard.name}") for shard in self.shards),
+            copies={folder / name: path for name, path in self.copies.items()},
+            texts={folder / name: content for name, content in self.texts.items()},
+            left_out=tuple(folder / name for name in self.left_out),
+        )
 
     def sources(self) -> Sequence[Path]:
         """The files that tensors are read from, each once."""

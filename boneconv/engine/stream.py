@@ -37,6 +37,8 @@ class TensorDigests:
         object.__setattr__(self, "measures", tuple(self.measures))  # a list, from a journal
 
 
+#: Digests by tensor: those of a shard by the names in it, those of an output by
+#: `PlannedShard.output_name`.
 ShardDigests = dict[str, TensorDigests]
 Finished = Callable[[PlannedShard, ShardDigests], None]
 

@@ -6,7 +6,6 @@ and are neither read nor carried over.
 
 from __future__ import annotations
 
-import fnmatch
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,40 +14,20 @@ from typing import Any
 
 from boneconv.errors import FormatError, MissingPathError, NameMatchError, listing
 from boneconv.io.links import check_inside
+from boneconv.io.model_index import read_components
 from boneconv.io.pth import PTH_SUFFIXES, locate_tensors
 from boneconv.io.safetensors import SafetensorsFile, StoredTensor, read_header
+from boneconv.io.weight_files import files_below, holds_weights, is_weight_copy, single_of
 from boneconv.strict_json import read_object
 
-__all__ = ["Checkpoint", "is_weight_copy", "open_checkpoint"]
+__all__ = ["ADAPTER_CONFIG", "Checkpoint", "open_checkpoint"]
 
 _INDEX_SUFFIX = ".safetensors.index.json"
+_VARIANT_INDEX = "*.safetensors.index.*.json"
 _SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 
-#: Files and folders that hold a model's weights in some form. Those that the plan does not write
-#: are left out of a merged folder, since they would hold the unmerged weights.
-_WEIGHTS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.bin",
-    "*.bin.index.json",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.h5",
-    "*.msgpack",
-    "*.gguf",
-    "*.ggml",
-    "*.onnx",
-    "*.onnx_data",
-    "*.onnx.data",
-    "*.tflite",
-    "*.mlmodel",
-    "*.ot",
-)
-_WEIGHT_FOLDERS = ("onnx", "original", "openvino", "coreml")
 #: Without the adapter's weights beside it, it would make loaders look for them.
-_ADAPTER_CONFIG = "adapter_config.json"
-_NOT_THE_MODEL = (".git", ".cache", "__pycache__", ".gitattributes")
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -101,6 +80,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _build(path.parent, [path.name], None, {}, single_file=True)
     if not path.is_dir():
         raise MissingPathError("no such file or folder", path=path)
+    _refuse_pipeline(path)
     index_path = _find_index(path)
     if index_path is None:
         return _build(path, [_single_weights(path)], None, {}, single_file=False)
@@ -111,14 +91,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return found
 
 
-def is_weight_copy(name: PurePosixPath) -> bool:
-    """Whether a file of a model folder holds weights, in whatever form."""
-    in_folder = any(part in _WEIGHT_FOLDERS for part in name.parts[:-1])
-    return in_folder or any(fnmatch.fnmatch(name.name, pattern) for pattern in _WEIGHTS)
+def _refuse_pipeline(folder: Path) -> None:
+    components = read_components(folder)
+    if components is not None:
+        known = [name for name in components if holds_weights(folder / name)] or list(components)
+        raise FormatError(
+            "this is a diffusers pipeline, not one checkpoint",
+            path=folder,
+            expected=f"a component: {listing(known)}" if known else None,
+            hint="To merge into a component, pass --component; elsewhere, give its folder",
+        )
 
 
 def _find_index(folder: Path) -> Path | None:
     found = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
+    if not found and not any((folder / name).is_file() for name in _SINGLE_NAMES):
+        found = sorted(folder.glob(_VARIANT_INDEX))
     if len(found) > 1:
         raise FormatError(
             f"several weight indexes: {listing([p.name for p in found])}",
@@ -127,7 +115,7 @@ def _find_index(folder: Path) -> Path | None:
         )
     if not found:
         return None
-    single = folder / found[0].name.removesuffix(".index.json")
+    single = folder / single_of(found[0].name)
     if single.exists() and single.name not in _shard_names(read_object(found[0]), found[0]):
         raise FormatError(
             f"holds both {single.name} and {found[0].name}, which does not name it",
@@ -207,8 +195,8 @@ def _build(
     own = {*shards, index_name}
     side_files, left_out = ([], []) if single_file else _other_files(root, own)
     if not single_file:
-        for path in (*shards, index_name or ".", *side_files):
-            check_inside(root, root / path)
+        for name in (*shards, index_name or ".", *map(str, side_files)):
+            check_inside(root, root / name)
     return Checkpoint(
         root,
         shards,
@@ -244,14 +232,9 @@ def _other_files(
 ) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
     side_files: list[PurePosixPath] = []
     left_out: list[PurePosixPath] = []
-    for folder, folders, names in os.walk(root, followlinks=False):
-        folders[:] = sorted(name for name in folders if name not in _NOT_THE_MODEL)
-        here = PurePosixPath(Path(folder).relative_to(root).as_posix())
-        left_out += [here / name for name in folders if (Path(folder) / name).is_symlink()]
-        for name in sorted(names):
-            relative = here / name
-            if str(relative) in own or name in _NOT_THE_MODEL:
-                continue
-            stays = is_weight_copy(relative) or name == _ADAPTER_CONFIG
-            (left_out if stays else side_files).append(relative)
+    for path, is_link in files_below(root):
+        if str(path) in own and not is_link:
+            continue
+        stays = is_link or is_weight_copy(path) or path.name == ADAPTER_CONFIG
+        (left_out if stays else side_files).append(path)
     return side_files, left_out

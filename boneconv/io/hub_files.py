@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from boneconv.io.checkpoint import is_weight_copy
+from boneconv.io.model_index import MODEL_INDEX
+from boneconv.io.weight_files import in_weight_folder, is_weight_copy
 
-__all__ = ["ADAPTER", "BASE", "Wanted"]
+__all__ = ["ADAPTER", "BASE", "PIPELINE", "Wanted"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Wanted:
         others: The files wanted beside them. Weights of other kinds never count.
         never: Files that are not wanted in any case.
         nested: Whether names count in folders below the top one too.
+        only_nested: Whether weights count in folders below the top one only.
+        needs: A file at the top that a repository of this kind has.
+        foreign: A file at the top of a repository of another kind: it alone is then wanted, so that
+            nothing is fetched in vain before the one who opens it says what it is.
     """
 
     what: str
@@ -31,9 +36,17 @@ class Wanted:
     others: tuple[str, ...]
     never: tuple[str, ...] = ()
     nested: bool = True
+    only_nested: bool = False
+    needs: str | None = None
+    foreign: str | None = None
 
     def select(self, names: Iterable[str]) -> list[str]:
-        """The wanted ones of a repository's files, sorted; none where it holds no weights."""
+        """The wanted ones of a repository's files, sorted; none where it is of another kind."""
+        names = list(names)
+        if self.foreign in names:
+            return [name for name in names if name == self.foreign]
+        if self.needs is not None and self.needs not in names:
+            return []
         folders: dict[PurePosixPath, list[PurePosixPath]] = {}
         for path in map(PurePosixPath, names):
             if not self._fits(path, self.never):
@@ -50,7 +63,8 @@ class Wanted:
         return sorted(str(path) for path in weights | others)
 
     def _best_weights(self, folder: list[PurePosixPath]) -> list[PurePosixPath]:
-        if is_weight_copy(folder[0].with_name("README.md")):  # onnx/, original/ and the like
+        top = len(folder[0].parts) == 1
+        if in_weight_folder(folder[0]) or (top and self.only_nested):
             return []
         kinds = ([path for path in folder if self._fits(path, kind)] for kind in self.weights)
         return next((found for found in kinds if found), [])
@@ -74,6 +88,38 @@ BASE = Wanted(
     ),
     others=("*",),
     never=("consolidated*.safetensors", "adapter_model*.safetensors", ".gitattributes"),
+    foreign=MODEL_INDEX,
+)
+
+#: A diffusers pipeline: all but other copies of its components' weights. What loaders take where
+#: they are asked for no variant comes first, in safetensors or not; a variant such as fp16 counts
+#: where there is nothing else. Copies of the whole at the top never count.
+PIPELINE = Wanted(
+    what="diffusers pipeline",
+    weights=(
+        (
+            "model.safetensors",
+            "model-*.safetensors",
+            "model.safetensors.index.json",
+            "diffusion_pytorch_model.safetensors",
+            "diffusion_pytorch_model-*.safetensors",
+            "diffusion_pytorch_model.safetensors.index.json",
+        ),
+        (
+            "pytorch_model.bin",
+            "pytorch_model-*.bin",
+            "pytorch_model.bin.index.json",
+            "diffusion_pytorch_model.bin",
+            "diffusion_pytorch_model-*.bin",
+            "diffusion_pytorch_model.bin.index.json",
+        ),
+        ("*.safetensors", "*.safetensors.index.*json"),
+        ("*.bin", "*.bin.index.*json"),
+    ),
+    others=("*",),
+    never=(".gitattributes",),
+    only_nested=True,
+    needs=MODEL_INDEX,
 )
 
 #: An adapter: its configuration, the best of its weights, and a tokenizer saved with it.

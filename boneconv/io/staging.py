@@ -3,7 +3,7 @@
     OUT.partial/
         lock       held by the run that writes
         journal    what is complete: a line for the run's key, then a line for every finished shard
-        out        the output, a folder or a file
+        out        the output: a folder, or a file whose name ends as OUT's (out.safetensors)
         old        what OUT was, while --force replaces it
 
 OUT is absent or whole at every instant. An error in the input removes OUT.partial; a failure of the
@@ -69,7 +69,7 @@ class Staging:
         check_free(out, force=force, beside=beside)
         self.out = out
         self.root = _partial(out)
-        self.target = self.root / "out"
+        self.target = _target(out, is_file=is_file)
         self.beside = self.root / "beside"
         self._beside_out = beside
         with machine_errors(out):
@@ -126,7 +126,7 @@ class Staging:
 
     def _require_own_folder(self) -> None:
         """Work in progress is removed in the end: that must not hit somebody else's folder."""
-        if not {path.name for path in self.root.iterdir()} <= _OWN:
+        if not {path.name for path in self.root.iterdir()} <= {*_OWN, self.target.name}:
             raise OutputExistsError(
                 "this folder would be used for work in progress, but holds other files",
                 path=self.root,
@@ -172,7 +172,8 @@ def require_space(out: Path, nbytes: int) -> None:
     """Raises DiskFullError unless ``nbytes`` fit where OUT goes, counting what OUT.partial has."""
     place = nearest_folder(out)
     with machine_errors(place):
-        free = shutil.disk_usage(place).free + _tree_size(_partial(out) / "out")
+        free = shutil.disk_usage(place).free
+        free += sum(map(_tree_size, {_target(out, is_file=is_file) for is_file in (False, True)}))
     if free < nbytes:
         raise DiskFullError(
             "not enough room for the output",
@@ -203,6 +204,11 @@ def nearest_folder(path: Path) -> Path:
 
 def _partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
+
+
+def _target(out: Path, *, is_file: bool) -> Path:
+    """Where the output is made; a file keeps its suffix, by which it can be read there."""
+    return _partial(out) / (f"out{out.suffix}" if is_file else "out")
 
 
 def _parse_line(line: str) -> dict[str, Any] | None:

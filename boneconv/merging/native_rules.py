@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from boneconv.digest import stored_digest
 from boneconv.engine.plan import Action, Plan
 from boneconv.engine.stream import ShardDigests
@@ -9,27 +11,30 @@ from boneconv.errors import NonFiniteError
 from boneconv.formats.native import Violation, mismatch, value_faults
 from boneconv.io.files import Reader
 from boneconv.io.safetensors import StoredTensor
-from boneconv.planning.accounts import Accounts, Strength
+from boneconv.planning.accounts import Strength
+from boneconv.planning.part import Part
 
 __all__ = ["mismatches", "numbered"]
 
 
-def mismatches(
-    strengths: tuple[Strength, ...], accounts: Accounts, plan: Plan, digests: ShardDigests
-) -> list[Violation]:
+def mismatches(parts: Sequence[Part], plan: Plan, digests: ShardDigests) -> list[Violation]:
     """What adapters were made for another base: a violation of R30 for each of these adapters.
 
     The digests come from the merge itself, which has read the weights anyway. A weight that another
     adapter replaced was not read, and is read here.
     """
     known = {
-        (tensor.source.path, tensor.source.name): digests[tensor.name].base
-        for tensor in plan.by_action(Action.MERGE)
-        if isinstance(tensor.source, StoredTensor)
+        (tensor.source.path, tensor.source.name): digests[name].base
+        for name, tensor in plan.named.items()
+        if tensor.action is Action.MERGE and isinstance(tensor.source, StoredTensor)
     }
+    pairs = [
+        (strength.adapter, homes)
+        for part in parts
+        for strength, homes in zip(part.strengths, part.accounts.homes, strict=True)
+    ]
     found = []
-    for strength, homes in zip(strengths, accounts.homes, strict=True):
-        adapter = strength.adapter
+    for adapter, homes in pairs:
         base = {}
         for name in adapter.base_digests:
             stored = homes[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +17,26 @@ from boneconv.engine.progress import Progress
 from boneconv.engine.stream import ShardDigests
 from boneconv.errors import NonFiniteError, UsageError
 from boneconv.formats.native import Violation
-from boneconv.io.checkpoint import open_checkpoint
-from boneconv.io.hub import BASE, locate
+from boneconv.io.hub import locate
 from boneconv.io.pth import PTH_SUFFIXES
 from boneconv.io.staging import check_free
 from boneconv.merging.kept_delta import KeptDelta, check_place
 from boneconv.merging.native_rules import mismatches, numbered
-from boneconv.planning.plan import MergePlan, Options, PathLike, plan_located
-from boneconv.planning.record import RECORD_NAME, adapter_entry, encode_record, source_entry
+from boneconv.planning.plan import (
+    Components,
+    MergePlan,
+    Options,
+    PathLike,
+    plan_located,
+    stacks,
+    wanted_of,
+)
+from boneconv.planning.record import RECORD_NAME, encode_record, source_entry
 
-__all__ = ["MergeResult", "Progress", "merge"]
+__all__ = ["Check", "MergeResult", "Progress", "merge"]
+
+#: Looks at a complete output in its place of work; raises CheckFailedError to publish nothing.
+Check = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,8 @@ def merge(
     *,
     more: Sequence[PathLike] = (),
     each: Sequence[tuple[PathLike, PathLike]] = (),
+    component: str | None = None,
+    components: Components | None = None,
     scale: float = 1.0,
     dtype: str = "keep",
     max_shard_size: str | None = None,
@@ -70,6 +82,7 @@ def merge(
     card: bool = True,
     allow_base_mismatch: bool = False,
     keep_delta: PathLike | None = None,
+    check: Check | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
@@ -79,15 +92,25 @@ def merge(
     are the canonical merge's: every weight is the exact value rounded once (specification, section
     "Numerics"), the same for every device and number of workers.
 
+    A diffusers pipeline is merged into by its components. Their folders are merged as checkpoints
+    of their own would be, to the same bytes; all else of the pipeline is copied as it is, other
+    components in whatever dtype and form they have. What is left out, and listed, are other copies
+    of the merged components' weights, and of the whole pipeline in one file.
+
     Args:
         base: A folder, a ``.safetensors`` or ``.pth`` file, or a Hub id ``owner/name[@revision]``.
+            With ``component``, a pipeline: a folder with a model_index.json, or a Hub id.
         adapter: The same, for the adapter.
         out: A folder for a folder, a file for a file.
         more: Further adapters, applied in order after the first.
         each: Further outputs, as pairs of an adapter and its own output, made in the same pass:
-            the base is read from the disk once. All outputs appear when all are complete.
+            the base is read from the disk once. All outputs appear when all are complete. Each
+            holds its one adapter alone; in a pipeline, merged into ``component``.
+        component: The component of a pipeline that ``adapter`` is merged into, such as ``unet``.
+        components: Further components, and the adapter of each, or several in order.
         scale: S in ``W + S (W' - W)``, for every adapter.
-        dtype: ``keep``, or ``float32``, ``bfloat16``, ``float16`` for every floating tensor.
+        dtype: ``keep``, or ``float32``, ``bfloat16``, ``float16`` for every floating tensor;
+            in a pipeline, for those of the components that are merged into.
         max_shard_size: Such as ``5GB``: lay the tensors out anew; absent: keep the base's files.
         device: ``cpu``, or a torch device such as ``cuda``.
         workers: Workers that compute; by default one for each usable core.
@@ -97,22 +120,27 @@ def merge(
         allow_base_mismatch: Whether to go on where a native adapter's fingerprint says that it was
             made for another base; the result's notes then say so.
         keep_delta: A file to keep what `boneconv.unmerge` needs to restore every byte of the base.
+        check: Is called with every output when it is complete and not yet published: its folder or
+            file in the place of work, named by a suffix as ``out`` is. What it raises publishes
+            none of the outputs, and no delta file.
         force: Whether to replace ``out``.
         progress: Is told how far the merge is.
 
     Raises:
+        CheckFailedError: Raised by ``check``; nothing is left behind.
         BaseMismatchError: An adapter's fingerprint is not that of the base; it names the tensors.
         InputError: One of its kinds, for every fault in the input; nothing is left behind.
         MachineError: The disk or the network failed; running again goes on from there.
     """
-    wanted = [((adapter, *more), Path(out)), *(((one,), Path(place)) for one, place in each)]
+    wanted = [(stacks(adapter, more, component, components), Path(out))]
+    wanted += [(stacks(one, component=component), Path(place)) for one, place in each]
     for _, place in wanted:
         check_free(place, force=force)
     check_device(device)
     options = Options.parse(
         scale=scale, dtype=dtype, max_shard_size=max_shard_size, card=card, workers=workers
     )
-    source = locate(base, BASE)
+    source = locate(base, wanted_of(component))
     outputs = [
         _Output(plan_located(source, adapters, options), place, options, allow_base_mismatch)
         for adapters, place in wanted
@@ -130,7 +158,7 @@ def merge(
         progress.start(work + (kept.work if kept is not None else 0))
     try:
         carry_out_all(
-            [output.run(force, kept) for output in outputs],
+            [output.run(force, check, kept) for output in outputs],
             workers=options.workers,
             device=device,
             executor=executor,
@@ -155,14 +183,20 @@ class _Output:
         self.is_file = planned.base.path.is_file()
         _check_target(out, planned, is_file=self.is_file)
         self.plan = _pth_plan(planned.plan) if out.suffix in PTH_SUFFIXES else planned.plan
-        self._adapters = [
-            adapter_entry(strength, source, file_digest(strength.adapter.weights))
-            for strength, source in zip(planned.strengths, planned.adapters, strict=True)
-        ]
+        self._adapters = planned.adapter_entries(
+            [file_digest(strength.adapter.weights) for strength in planned.strengths]
+        )
         self._record_name = f"{out.name}.{RECORD_NAME}" if self.is_file else RECORD_NAME
 
-    def run(self, force: bool, kept: KeptDelta | None) -> Run:
+    def run(self, force: bool, check: Check | None, kept: KeptDelta | None) -> Run:
         """What the engine carries out."""
+
+        def before_publish(made: Path, digests: ShardDigests) -> None:
+            if check is not None:
+                check(made)
+            if kept is not None:
+                kept(made, digests)
+
         return Run(
             plan=self.plan,
             out=self.out,
@@ -171,13 +205,18 @@ class _Output:
             record_name=self._record_name,
             is_file=self.is_file,
             force=force,
-            before_publish=kept,
+            before_publish=before_publish,
         )
 
     def delta_job(self) -> DeltaJob:
-        """What a delta file is made from."""
+        """What a delta file is made from; raises UsageError for a pipeline."""
+        if self.planned.is_pipeline:
+            raise UsageError(
+                "a delta file restores one checkpoint, not components of a pipeline",
+                hint="Leave out --keep-delta, and keep the pipeline",
+            )
         return DeltaJob(
-            open_checkpoint(self.planned.base.path),
+            self.planned.parts[0].checkpoint,
             self.plan,
             [strength.adapter for strength in self.planned.strengths],
             [entry["blake3"] for entry in self._adapters],
@@ -199,7 +238,7 @@ class _Output:
     def _record(self, digests: ShardDigests) -> bytes:
         """Checks the fingerprints, before anything is published, and makes the record."""
         planned = self.planned
-        self._strangers += mismatches(planned.strengths, planned.accounts, self.plan, digests)
+        self._strangers += mismatches(planned.parts, self.plan, digests)
         if self._strangers and not self._allow_base_mismatch:
             raise self._strangers[0].error()
         return encode_record(

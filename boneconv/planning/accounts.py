@@ -123,6 +123,8 @@ class _Settlement:
         self, base: Checkpoint, config: ConfigEdits | None, strength: Strength, accounts: Accounts
     ) -> None:
         self.base, self.config, self.accounts = base, config, accounts
+        #: The config.json that transformers can tell names by.
+        self.naming = None if config is not None and config.is_diffusers else base.config
         self.adapter = strength.adapter
         self.scale, self.residue = strength.factor()
         self.blocks = {f"{b.module}.weight": b for b in self.adapter.blocks.values()}
@@ -139,8 +141,8 @@ class _Settlement:
             )
         homes = self._resolve()
         self.accounts.matched_by.add(homes.via)
-        if self.base.config and (homes.missing or self._may_touch_ties(homes)):
-            self.ties = tied_names(self.base.config, architectures=self.classes)
+        if self.naming and (homes.missing or self._may_touch_ties(homes)):
+            self.ties = tied_names(self.naming, architectures=self.classes)
         stored = self._stored(homes)
         self.accounts.homes.append(stored)
         if self.adapter.is_native:
@@ -156,7 +158,7 @@ class _Settlement:
         return resolve(
             self.blocks.keys() | self.saved.keys(),
             self.base.tensors.keys(),
-            self.base.config,
+            self.naming,
             architectures=self.classes,
         )
 
@@ -293,7 +295,7 @@ class _Settlement:
         if name not in self.ties:
             return None
         home = disk_name(
-            self.ties[name], self.base.tensors.keys(), self.base.config, architectures=self.classes
+            self.ties[name], self.base.tensors.keys(), self.naming, architectures=self.classes
         )
         return self.base.tensors.get(home)
 
@@ -301,8 +303,8 @@ class _Settlement:
         """Writes a tensor under the name that the base's style gives it."""
         known = [*self.base.tensors, *self.accounts.added]
         home = name
-        if self.base.config is not None or not self.adapter.is_native:
-            home = disk_name(name, known, self.base.config, architectures=self.classes)
+        if self.naming is not None or not self.adapter.is_native:
+            home = disk_name(name, known, self.naming, architectures=self.classes)
         if home in self.accounts.added or home in self.base.tensors:
             if not if_absent:
                 raise NameMatchError(f"two tensors for {home!r}", path=self.adapter.weights)

@@ -64,11 +64,21 @@ class ConfigEdits:
         return all(part.get("tie_word_embeddings") is False for part in self._vocabularies())
 
     def set_dtype(self, dtype: str) -> None:
-        """Says that all floating tensors now have a dtype, such as ``bfloat16``."""
+        """Says that all floating tensors now have a dtype, such as ``bfloat16``.
+
+        The configuration of a diffusers model says nothing of dtypes, and nothing is added to it.
+        """
         keys = ("dtype", "torch_dtype")
         found = [(part, key) for part in self._parts() for key in keys if key in part]
-        for part, key in found or [(self._values, "torch_dtype")]:
+        if not found and not self.is_diffusers:
+            found = [(self._values, "torch_dtype")]
+        for part, key in found:
             part[key] = dtype
+
+    @property
+    def is_diffusers(self) -> bool:
+        """Whether it configures a model of diffusers, whose names transformers cannot tell."""
+        return "_diffusers_version" in self._values
 
     def untie(self) -> None:
         """Says that the output head no longer shares the input embedding."""

@@ -2,68 +2,33 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from boneconv.dtypes import by_cli_name, cli_name
 from boneconv.engine.memory import predict_peak
 from boneconv.engine.plan import Action, Plan
-from boneconv.engine.workers import usable_cores
-from boneconv.errors import UsageError
-from boneconv.formats import read_adapter
-from boneconv.io.checkpoint import Checkpoint, open_checkpoint
-from boneconv.io.hub import ADAPTER, BASE, Source, locate
-from boneconv.planning.accounts import Accounts, Strength, settle
-from boneconv.planning.config_edits import ConfigEdits
-from boneconv.planning.files import plan_files
-from boneconv.planning.record import adapter_entry, record_size, source_entry
-from boneconv.planning.shards import parse_size, plan_shards
+from boneconv.io.checkpoint import open_checkpoint
+from boneconv.io.hub import BASE, Source, Wanted, locate
+from boneconv.io.hub_files import PIPELINE
+from boneconv.io.pipeline import Pipeline, open_pipeline
+from boneconv.planning.accounts import Accounts, Strength
+from boneconv.planning.card import README, card_of
+from boneconv.planning.options import Components, Options, PathLike, Stacks, stacks
+from boneconv.planning.part import Part, plan_part
+from boneconv.planning.record import RECORD_NAME, adapter_entry, record_size, source_entry
 
-__all__ = ["MergePlan", "Options", "PathLike", "plan_located", "plan_merge"]
-
-PathLike = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What determines an output beside base and adapters.
-
-    Attributes:
-        scale: S in ``W + S (W' - W)``, for every adapter.
-        dtype: The safetensors dtype of every floating tensor; None to keep each one's own.
-        max_shard_size: The most bytes of tensors in one file; None to keep the base's files.
-        card: Whether to write a model card.
-        workers: Threads or processes that compute.
-    """
-
-    scale: float
-    dtype: str | None
-    max_shard_size: int | None
-    card: bool
-    workers: int
-
-    @classmethod
-    def parse(
-        cls,
-        *,
-        scale: float,
-        dtype: str,
-        max_shard_size: str | None,
-        card: bool,
-        workers: int | None,
-    ) -> Options:
-        """The options as `merge` takes them; raises UsageError."""
-        if not math.isfinite(scale):
-            raise UsageError("the scale is not finite", found=scale, hint="Give a number as 0.5")
-        return cls(scale, _dtype(dtype), _size(max_shard_size), card, workers or usable_cores())
-
-    def record(self) -> dict[str, Any]:
-        """What the record says of them."""
-        dtype = "keep" if self.dtype is None else cli_name(self.dtype)
-        return {"dtype": dtype, "max_shard_size": self.max_shard_size}
+__all__ = [
+    "Components",
+    "MergePlan",
+    "Options",
+    "PathLike",
+    "plan_located",
+    "plan_merge",
+    "stacks",
+    "wanted_of",
+]
 
 
 @dataclass(frozen=True)
@@ -72,36 +37,73 @@ class MergePlan:
 
     Attributes:
         base: Where the base came from.
-        adapters: Where each adapter came from.
+        parts: The checkpoints that are merged into: the base, or components of a pipeline, the one
+            of the first adapter first.
         plan: Every tensor and file to write.
-        accounts: What happens to each tensor, and why.
         peak_memory: Predicted peak of resident memory, in bytes.
+        dtype_note: What the user should know of the dtypes.
     """
 
     base: Source
-    adapters: tuple[Source, ...]
-    strengths: tuple[Strength, ...]
+    parts: tuple[Part, ...]
     plan: Plan
-    accounts: Accounts
     peak_memory: int
+    dtype_note: str | None = None
+
+    @property
+    def adapters(self) -> tuple[Source, ...]:
+        """Where each adapter came from, part by part."""
+        return tuple(source for part in self.parts for source in part.adapters)
+
+    @property
+    def strengths(self) -> tuple[Strength, ...]:
+        """The adapters and how strongly each is applied, part by part."""
+        return tuple(strength for part in self.parts for strength in part.strengths)
+
+    @property
+    def accounts(self) -> Accounts:
+        """What happens to each tensor of the first part, and why."""
+        return self.parts[0].accounts
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether the base is a pipeline, some of whose components are merged into."""
+        return self.parts[0].component is not None
+
+    @property
+    def matched_by(self) -> list[str]:
+        """How names were matched, sorted."""
+        return sorted({how for part in self.parts for how in part.accounts.matched_by})
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many tensors have each action."""
+        """How many tensors of the parts have each action."""
         return {str(action): len(self.plan.by_action(action)) for action in Action}
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know."""
-        unknown = (
-            f"{source.given}: unknown configuration fields kept: "
-            f"{', '.join(sorted(strength.adapter.config.unknown))}"
-            for source, strength in zip(self.adapters, self.strengths, strict=True)
-            if strength.adapter.config.unknown
-        )
         left_out = self.plan.left_out
         stale = [f"left out: {', '.join(map(str, left_out))}"] if left_out else []
-        return (*self.accounts.notes, *unknown, *stale)
+        dtypes = [self.dtype_note] if self.dtype_note is not None else []
+        return (*(text for part in self.parts for text in part.notes()), *dtypes, *stale)
+
+    def adapter_entries(self, digests: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """The record's entries of the adapters.
+
+        Args:
+            digests: The digests of their weight files; without them, entries of the same length.
+        """
+        pairs = [(part, i) for part in self.parts for i in range(len(part.adapters))]
+        return [
+            adapter_entry(
+                part.strengths[i],
+                part.adapters[i],
+                component=part.component,
+                **({} if digests is None else {"digest": digests[number]}),
+            )
+            for number, (part, i) in enumerate(pairs)
+        ]
 
 
 def plan_merge(
@@ -109,6 +111,8 @@ def plan_merge(
     adapter: PathLike,
     *,
     more: Sequence[PathLike] = (),
+    component: str | None = None,
+    components: Components | None = None,
     scale: float = 1.0,
     dtype: str = "keep",
     max_shard_size: str | None = None,
@@ -119,58 +123,69 @@ def plan_merge(
     options = Options.parse(
         scale=scale, dtype=dtype, max_shard_size=max_shard_size, card=card, workers=workers
     )
-    return plan_located(locate(base, BASE), (adapter, *more), options)
+    wanted = stacks(adapter, more, component, components)
+    return plan_located(locate(base, wanted_of(component)), wanted, options)
 
 
-def plan_located(base: Source, adapters: Sequence[PathLike], options: Options) -> MergePlan:
+def wanted_of(component: str | None) -> Wanted:
+    """What has to be fetched of a base: a pipeline where a component of it is named."""
+    return BASE if component is None else PIPELINE
+
+
+def plan_located(base: Source, adapters: Stacks, options: Options) -> MergePlan:
     """The plan of an output from a base that has been found; raises as `plan_merge`."""
-    sources = tuple(locate(given, ADAPTER) for given in adapters)
-    strengths = tuple(Strength(read_adapter(source.path), options.scale) for source in sources)
-    checkpoint = open_checkpoint(base.path)
-    config = _config(checkpoint)
-    accounts = settle(checkpoint, config, strengths)
-    shards = plan_shards(
-        checkpoint, accounts, dtype=options.dtype, max_shard_size=options.max_shard_size
+    if None in adapters:
+        part = plan_part(open_checkpoint(base.path), adapters[None], options)
+        return _complete(base, (part,), part.plan, options)
+    pipeline = open_pipeline(base.path)
+    opened = {name: pipeline.open(name) for name in adapters if name is not None}
+    parts = tuple(plan_part(opened[name], adapters[name], options, name) for name in opened)
+    return _complete(base, parts, _with_the_rest(pipeline, parts), options)
+
+
+def _with_the_rest(pipeline: Pipeline, parts: Sequence[Part]) -> Plan:
+    """The components' plans side by side, and all other files of the pipeline as they are."""
+    names = [part.component for part in parts if part.component is not None]
+    files, left_out = pipeline.other_files(names)
+    plans = [part.plan for part in parts]
+    return Plan(
+        shards=tuple(shard for plan in plans for shard in plan.shards),
+        copies={name: path for plan in plans for name, path in plan.copies.items()}
+        | {name: pipeline.root / name for name in files},
+        texts={name: content for plan in plans for name, content in plan.texts.items()},
+        left_out=(*(name for plan in plans for name in plan.left_out), *left_out),
     )
-    _edit_config(config, accounts, options)
-    plan = plan_files(checkpoint, shards, config, strengths, base, sources, card=options.card)
+
+
+def _complete(base: Source, parts: tuple[Part, ...], plan: Plan, options: Options) -> MergePlan:
+    """The whole plan: with its card, its record's size, and the memory that it takes."""
+    whole = MergePlan(base, parts, _with_card(base, parts, plan, options), 0, _note(parts, options))
     recorded = record_size(
-        plan,
+        whole.plan,
         base=source_entry(base),
-        adapters=[adapter_entry(*pair) for pair in zip(strengths, sources, strict=True)],
+        adapters=whole.adapter_entries(),
         options=options.record(),
     )
-    plan = replace(plan, record_bytes=recorded)
-    peak = predict_peak(plan, options.workers)
-    return MergePlan(base, sources, strengths, plan, accounts, peak)
+    plan = replace(whole.plan, record_bytes=recorded)
+    return replace(whole, plan=plan, peak_memory=predict_peak(plan, options.workers))
 
 
-def _config(base: Checkpoint) -> ConfigEdits | None:
-    if base.config is None or base.single_file:
+def _with_card(base: Source, parts: Sequence[Part], plan: Plan, options: Options) -> Plan:
+    if parts[0].checkpoint.single_file:
+        return plan
+    texts = dict(plan.texts)
+    if options.card:
+        texts[README] = card_of(base, [(p.component, p.adapters, p.strengths) for p in parts])
+    written = {*texts, PurePosixPath(RECORD_NAME)}
+    copies: dict[PurePosixPath, Path] = {
+        name: path for name, path in plan.copies.items() if name not in written
+    }
+    return replace(plan, copies=copies, texts=texts)
+
+
+def _note(parts: Sequence[Part], options: Options) -> str | None:
+    """Whom the dtype reaches, where that is not all."""
+    if options.dtype is None or parts[0].component is None:
         return None
-    config = ConfigEdits(base.config)
-    config.refuse_quantised()
-    return config
-
-
-def _edit_config(config: ConfigEdits | None, accounts: Accounts, options: Options) -> None:
-    if config is None:
-        return
-    if options.dtype is not None:
-        config.set_dtype(cli_name(options.dtype))
-    if accounts.untied:
-        config.untie()
-    for old, new in accounts.resized:
-        config.resize_vocabulary(old, new)
-
-
-def _dtype(name: str) -> str | None:
-    if name == "keep":
-        return None
-    if name not in ("float32", "bfloat16", "float16"):
-        raise UsageError(f"unknown dtype {name!r}", expected="keep, float32, bfloat16 or float16")
-    return by_cli_name(name)
-
-
-def _size(text: str | None) -> int | None:
-    return None if text is None else parse_size(text)
+    names = ", ".join(str(part.component) for part in parts)
+    return f"the dtype is that of {names}; all else of the pipeline keeps its own"

@@ -24,10 +24,16 @@ def source_entry(source: Source) -> dict[str, Any]:
     return {} if source.repo is None else {"repo": source.repo, "commit": source.commit}
 
 
-def adapter_entry(strength: Strength, source: Source, digest: str = _ANY_DIGEST) -> dict[str, Any]:
-    """An adapter: its format, variant, rank, scale, and the digest of its weights file."""
+def adapter_entry(
+    strength: Strength, source: Source, digest: str = _ANY_DIGEST, *, component: str | None = None
+) -> dict[str, Any]:
+    """An adapter: its format, variant, rank, scale, and the digest of its weights file.
+
+    In a pipeline, the component too that it was merged into.
+    """
     adapter = strength.adapter
     return {
+        **({} if component is None else {"component": component}),
         **source_entry(source),
         "format": adapter.format,
         "variant": str(adapter.config.variant),
@@ -48,7 +54,7 @@ def record_size(
     options: Mapping[str, Any],
 ) -> int:
     """The record's length in bytes, which does not depend on what the digests are."""
-    digests = {tensor.name: TensorDigests(_ANY_DIGEST, _ANY_DIGEST) for tensor in plan.tensors}
+    digests = dict.fromkeys(plan.named, TensorDigests(_ANY_DIGEST, _ANY_DIGEST))
     return len(encode_record(plan, digests, base=base, adapters=adapters, options=options))
 
 
@@ -65,18 +71,18 @@ def encode_record(
 
     Args:
         plan: What was written.
-        digests: Digests of all tensors.
+        digests: Digests of all tensors, by `PlannedShard.output_name`.
         base: Where the base came from.
         adapters: Entries of the adapters.
         options: What else determined the output.
         fingerprint_ignored: Whether an adapter was merged into another base than it names.
     """
     tensors: dict[str, Any] = {}
-    for tensor in plan.tensors:
-        entry = {"action": str(tensor.action), "digest": digests[tensor.name].output}
+    for name, tensor in plan.named.items():
+        entry = {"action": str(tensor.action), "digest": digests[name].output}
         if tensor.action is Action.MERGE:
-            entry["base_digest"] = digests[tensor.name].base or ""
-        tensors[tensor.name] = entry
+            entry["base_digest"] = digests[name].base or ""
+        tensors[name] = entry
     record = {
         "boneconv": __version__,
         "record_version": 1,

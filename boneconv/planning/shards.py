@@ -14,6 +14,7 @@ from boneconv.engine.plan import Action, PlannedShard, PlannedTensor
 from boneconv.errors import UsageError
 from boneconv.io.checkpoint import Checkpoint
 from boneconv.io.safetensors import SafetensorsFile
+from boneconv.io.weight_files import single_of
 from boneconv.planning.accounts import Accounts, Addition
 
 __all__ = ["encode_index", "parse_size", "plan_shards"]
@@ -140,8 +141,8 @@ def _split(base: Checkpoint, tensors: list[PlannedTensor], limit: int) -> tuple[
 
 def _stem(base: Checkpoint) -> str:
     """``model`` or ``diffusion_pytorch_model``: what the base's own files begin with."""
-    first = base.index_name or next(iter(base.shards))
-    return first.removesuffix(".index.json").removesuffix(".safetensors")
+    first = single_of(base.index_name) if base.index_name else next(iter(base.shards))
+    return first.removesuffix(".safetensors")
 
 
 def _new_parameters(base: Checkpoint, shards: Iterable[PlannedShard]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from boneconv.errors import FormatError, MissingPathError, NameMatchError
-from boneconv.io.checkpoint import is_weight_copy, open_checkpoint
+from boneconv.io.checkpoint import open_checkpoint
 from tests.builders import (
     base_tensors,
     grid,
@@ -126,25 +126,6 @@ def test_a_linked_folder_is_left_out_and_listed(tmp_path: Path) -> None:
     found = open_checkpoint(base)
     assert _paths(found.side_files) == set()
     assert _paths(found.left_out) == {"linked"}
-
-
-@pytest.mark.parametrize(
-    ("name", "is_copy"),
-    [
-        ("model.safetensors", True),
-        ("a/b/model.safetensors", True),
-        ("onnx/config.json", True),
-        ("a/original/tokenizer.model", True),
-        ("original", False),
-        ("tokenizer.model", False),
-        ("config.json", False),
-        ("modeling_x.py", False),
-        ("model.safetensors.index.json", True),
-        ("model.onnx_data", True),
-    ],
-)
-def test_is_weight_copy(name: str, is_copy: bool) -> None:
-    assert is_weight_copy(PurePosixPath(name)) is is_copy
 
 
 # --- what is refused --------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from boneconv.errors import MissingPathError
 from boneconv.io.hub import ADAPTER, BASE, Source, locate
+from boneconv.io.hub_files import PIPELINE
 from tests.io.hub_server import HubServer, hub
 
 __all__ = ["hub"]
@@ -278,16 +279,62 @@ def test_a_missing_path_does_not_import_the_client(run: Runner) -> None:
             id="no safetensors",
         ),
         pytest.param(
-            "model_index.json unet/config.json unet/x.safetensors unet/pytorch_model.bin "
-            "text_encoder/pytorch_model.bin vae/x.onnx",
-            "model_index.json unet/config.json unet/x.safetensors text_encoder/pytorch_model.bin",
-            id="components",
+            "config.json 2_Dense/config.json 2_Dense/x.safetensors 2_Dense/pytorch_model.bin "
+            "1_Pooling/pytorch_model.bin x.onnx",
+            "config.json 2_Dense/config.json 2_Dense/x.safetensors 1_Pooling/pytorch_model.bin",
+            id="modules",
+        ),
+        pytest.param(
+            "model_index.json flux.safetensors unet/config.json unet/x.safetensors",
+            "model_index.json",
+            id="pipeline",
         ),
         pytest.param("config.json m.gguf consolidated.safetensors", "", id="no weights"),
     ],
 )
 def test_files_of_a_base(names: str, expected: str) -> None:
     assert BASE.select(names.split()) == sorted(expected.split())
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        pytest.param(
+            "model_index.json README.md .gitattributes v1-5-pruned.safetensors v1-5-pruned.ckpt "
+            "scheduler/scheduler_config.json tokenizer/vocab.json tokenizer/spiece.model "
+            "unet/config.json unet/diffusion_pytorch_model.safetensors "
+            "unet/diffusion_pytorch_model.fp16.safetensors unet/diffusion_pytorch_model.bin "
+            "unet/diffusion_pytorch_model.non_ema.safetensors unet/model.onnx",
+            "model_index.json README.md scheduler/scheduler_config.json tokenizer/vocab.json "
+            "tokenizer/spiece.model unet/config.json unet/diffusion_pytorch_model.safetensors",
+            id="no variants",
+        ),
+        pytest.param(
+            "model_index.json transformer/diffusion_pytorch_model-00001-of-00002.safetensors "
+            "transformer/diffusion_pytorch_model-00002-of-00002.safetensors "
+            "transformer/diffusion_pytorch_model.safetensors.index.json "
+            "transformer/diffusion_pytorch_model.fp16-00001-of-00002.safetensors "
+            "transformer/diffusion_pytorch_model.safetensors.index.fp16.json",
+            "model_index.json transformer/diffusion_pytorch_model-00001-of-00002.safetensors "
+            "transformer/diffusion_pytorch_model-00002-of-00002.safetensors "
+            "transformer/diffusion_pytorch_model.safetensors.index.json",
+            id="sharded",
+        ),
+        pytest.param(
+            "model_index.json vae/model.fp16.safetensors vae/diffusion_pytorch_model.bin "
+            "unet/model.fp16-1-of-1.safetensors unet/model.safetensors.index.fp16.json "
+            "text_encoder/pytorch_model.fp16.bin",
+            "model_index.json vae/diffusion_pytorch_model.bin "
+            "unet/model.fp16-1-of-1.safetensors unet/model.safetensors.index.fp16.json "
+            "text_encoder/pytorch_model.fp16.bin",
+            id="variants alone",
+        ),
+        pytest.param("config.json model.safetensors a/model.safetensors", "", id="no pipeline"),
+        pytest.param("model_index.json x.safetensors unet/config.json", "", id="no weights"),
+    ],
+)
+def test_files_of_a_pipeline(names: str, expected: str) -> None:
+    assert PIPELINE.select(names.split()) == sorted(expected.split())
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,23 @@ def test_a_folder_is_published_whole(out: Path, partial: Path) -> None:
     assert not partial.exists()
 
 
+def test_a_file_has_its_suffix_while_it_is_made(tmp_path: Path) -> None:
+    """Whoever looks at it before it is published tells by that what it is."""
+    out = tmp_path / "out.merged.pth"
+    for resumed in (False, True):
+        with (
+            pytest.raises(MachineError),
+            Staging(out, key="k", is_file=True) as staging,
+        ):
+            assert staging.target == tmp_path / "out.merged.pth.partial" / "out.pth"
+            assert staging.target.exists() is resumed
+            staging.target.write_text("a")
+            raise MachineError("no")
+    with Staging(out, key="k", is_file=True) as staging:
+        staging.publish()
+    assert snapshot(tmp_path) == {"out.merged.pth": b"a"}
+
+
 def test_a_file_is_published_whole(out: Path, partial: Path) -> None:
     with Staging(out, key="k", is_file=True) as staging:
         staging.target.write_text("a")
@@ -332,6 +349,12 @@ def test_space_is_checked_and_counts_what_is_there(
     (partial / "out").mkdir(parents=True)
     (partial / "out" / "done").write_bytes(bytes(1_000_000))
     require_space(out, 1_000_000)
+    with pytest.raises(DiskFullError):
+        require_space(out, 2_000_000)
+    file = out.with_name("out.safetensors")
+    file.with_name("out.safetensors.partial").mkdir()
+    (file.with_name("out.safetensors.partial") / "out.safetensors").write_bytes(bytes(1_000_000))
+    require_space(file, 1_000_000)
 
 
 def test_space_is_asked_for_where_the_output_will_be(

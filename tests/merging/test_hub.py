@@ -274,3 +274,60 @@ def test_a_hub_that_cannot_be_reached_is_the_machine_s_fault(
     assert done.returncode == 3
     assert "Traceback" not in done.stderr
     assert not client.out.exists()
+
+
+# Pipelines
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
+    """A pipeline with another component, in another form, and a copy of the whole at the top."""
+    root = tmp_path / "pipeline"
+    make_base(root / "unet", shards=2, files={"model.fp16.safetensors": "stale"})
+    files = {
+        "model_index.json": json.dumps({n: ["diffusers", "X"] for n in ("unet", "vae")}),
+        "whole.safetensors": "stale",
+        "vae/diffusion_pytorch_model.bin": "another component",
+        "vae/config.json": '{"of": "vae"}',
+        "scheduler/scheduler_config.json": "{}",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_a_pipeline_is_fetched_without_other_copies_of_its_weights(
+    client: Client, hub: HubServer, pipeline: Path, adapter: Path, tmp_path: Path
+) -> None:
+    commit = hub.add(BASE, pipeline)
+    client.merge(BASE, adapter, "--component", "unet")
+    stale = {"unet/model.fp16.safetensors", "whole.safetensors"}
+    assert hub.fetched(BASE) == snapshot(pipeline).keys() - stale
+    boneconv.merge(pipeline, adapter, tmp_path / "local", component="unet")
+    found, expected = snapshot(client.out), snapshot(tmp_path / "local")
+    assert found.keys() == expected.keys()
+    assert {name for name in found if found[name] != expected[name]} == NOT_COMPARED
+    assert client.record["base"] == {"repo": BASE, "commit": commit}
+
+
+def test_of_a_pipeline_without_a_component_hardly_anything_is_fetched(
+    client: Client, hub: HubServer, pipeline: Path, adapter: Path
+) -> None:
+    hub.add(BASE, pipeline)
+    done = client(BASE, adapter)
+    assert done.returncode == 2
+    assert "this is a diffusers pipeline" in done.stderr
+    assert "expected a component: unet, vae" in done.stderr
+    assert "pass --component" in done.stderr
+    assert hub.fetched(BASE) == {"model_index.json"}
+
+
+def test_a_checkpoint_of_the_hub_has_no_components(
+    client: Client, hub: HubServer, base: Path, adapter: Path
+) -> None:
+    hub.add(BASE, base)
+    done = client(BASE, adapter, "--component", "unet")
+    assert done.returncode == 2
+    assert "holds no weights of a diffusers pipeline" in done.stderr
+    assert hub.fetched(BASE) == set()

@@ -54,6 +54,14 @@ def test_a_dtype_that_is_not_named_is_added(tmp_path: Path) -> None:
     assert edits.values == {"hidden_size": 3, "torch_dtype": "float32"}
 
 
+def test_a_diffusers_model_s_configuration_says_nothing_of_dtypes(tmp_path: Path) -> None:
+    edits = _edits(tmp_path, {"_class_name": "UNet", "_diffusers_version": "0.42.1"})
+    assert edits.is_diffusers
+    edits.set_dtype("float32")
+    assert not edits.changed
+    assert not _edits(tmp_path, {"hidden_size": 3}).is_diffusers
+
+
 @pytest.mark.parametrize(
     "values",
     [{}, {"tie_word_embeddings": True}, {"text_config": {"vocab_size": 3}}, NESTED],
