@@ -7,13 +7,17 @@ format records. This module imports neither torch nor numpy.
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import secrets
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from boneconv.errors import ConfigError, NotABoneAdapterError
+from boneconv.errors import ConfigError, DiskFullError, MachineError, NotABoneAdapterError
 from boneconv.strict_json import read_object
 
 __all__ = ["CONFIG_NAME", "Axis", "BoneConfig", "Variant"]
@@ -24,6 +28,8 @@ CONFIG_NAME = "adapter_config.json"
 PEFT_TYPES = ("BONE", "MISS")
 
 _BIAS = {"none": "none", "all": "all", "bone_only": "bone_only", "MiSS_only": "bone_only"}
+#: Fields that PEFT's BoneConfig does not have: MISS alone, or never where they say nothing.
+_MISS_FIELDS = ("mini_r", "miss_dropout")
 
 
 class Variant(StrEnum):
@@ -43,26 +49,42 @@ class Axis(StrEnum):
 
 @dataclass(frozen=True)
 class BoneConfig:
-    """The configuration of a Bone, BAT or mini adapter.
+    """The configuration of a Bone, BAT or mini adapter (fields and defaults of PEFT 0.14 to 0.18).
+
+    Lists and sets of names become tuples. A configuration does not change; `dataclasses.replace`
+    makes another one.
 
     Attributes:
-        task_type: PEFT's task, such as ``CAUSAL_LM``.
-        peft_type: ``BONE`` or ``MISS``.
+        task_type: PEFT's task, such as ``CAUSAL_LM``. ``SEQ_CLS`` makes ``"all-linear"`` leave out
+            the classifier; otherwise it is written and read only.
+        peft_type: ``BONE`` (PEFT 0.14 to 0.18) or ``MISS`` (0.17 and later), the layout of the file
+            that an adapter is saved as.
         auto_mapping: The class of the base model, where PEFT had no task type.
         base_model_name_or_path: The base that the adapter was trained on.
         revision: The base's revision on the Hub.
-        inference_mode: Whether the adapter was saved for inference.
-        r: The rank: the height of a Bone block, the edge of a BAT block.
-        target_modules: Names, or a regular expression, of the adapted modules.
-        exclude_modules: Names, or a regular expression, of modules left out.
-        init_weights: The variant: true or false is Bone, ``"bat"`` BAT, ``"mini"`` mini.
-        layers_to_transform: Indices of the layers that are adapted; all when absent.
-        layers_pattern: Name of the list of layers that the indices count.
-        bias: ``none``, ``all`` or ``bone_only`` (PEFT's MiSS writes ``MiSS_only``).
-        modules_to_save: Modules trained in full and saved beside the blocks.
+        inference_mode: Whether the adapter is frozen in a `BoneModel`.
+        r: The rank, 64 by default: the height of a Bone block, the edge of a BAT block. A BAT block
+            needs it to divide the weight's rows and columns; a Bone block does not.
+        target_modules: The adapted modules. A list names them exactly or by what follows a dot in
+            their names; a string is a regular expression that matches whole names; ``"all-linear"``
+            is all linear modules but the output layer; None is what
+            `boneconv.nn.defaults.DEFAULT_TARGETS` has for the model's architecture.
+        exclude_modules: Modules left out of those, a list or a regular expression as above.
+        init_weights: The variant: true or false is Bone, ``"bat"`` BAT, ``"mini"`` mini (MISS
+            only). Blocks begin at zero, so that the model begins unchanged, except with false:
+            then they are random.
+        layers_to_transform: Index of the one layer, or indices of the layers, that are adapted; all
+            when absent. Not with a regular expression. A module that ``target_modules`` names
+            exactly is adapted whatever its layer.
+        layers_pattern: Name (or regular expression) of the list of layers that the indices count,
+            such as ``layers``; any list when absent. Not with a regular expression.
+        bias: Which biases are trained and saved with the adapter: ``none``, ``all``, or
+            ``bone_only`` for those of the adapted modules (PEFT's MiSS writes ``MiSS_only``).
+        modules_to_save: Modules trained in full, as a copy that is saved beside the blocks.
         mini_r: Width of a mini block; out_features is a multiple of it.
-        miss_dropout: Dropout of MiSS while training; it does not change a merge.
-        axis: Axis of BAT's blocks. PEFT knows only ``out``.
+        miss_dropout: Probability with which MISS drops inputs of Bone and mini blocks while
+            training, 0 to 1; it does not change a merge.
+        axis: Axis of the weight that BAT's blocks run along. PEFT knows only ``out``.
         peft_version: The PEFT that wrote the file (0.18 and later say so).
         unknown: Fields of the file that are none of the above, as they stood.
     """
@@ -138,9 +160,48 @@ class BoneConfig:
         """The configuration in an adapter_config.json; raises as `from_dict`, or FormatError."""
         return cls.from_dict(read_object(path), path)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as PEFT spells it, ready for JSON: `from_dict` gives it back.
+
+        The fields stand in PEFT's order, tuples as lists. Left out are ``mini_r`` and
+        ``miss_dropout`` of a BONE adapter at their defaults, an absent ``peft_version``, and the
+        axis ``out``, the only one that PEFT knows. ``bone_only`` is ``MiSS_only`` in a MISS
+        adapter.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
+        silent: dict[str, Any] = {"peft_version": None, "axis": Axis.OUT}
+        if self.peft_type == "BONE":
+            silent |= {f.name: f.default for f in fields(self) if f.name in _MISS_FIELDS}
+        elif self.bias == "bone_only":
+            values["bias"] = "MiSS_only"
+        kept = {k: v for k, v in values.items() if k not in silent or v != silent[k]}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+        if "axis" in plain:
+            plain["axis"] = str(self.axis)
+        return plain | {k: v for k, v in self.unknown.items() if k not in plain}
+
+    def to_file(self, path: str | os.PathLike[str]) -> None:
+        """Writes adapter_config.json as PEFT does, its keys sorted; whole or not at all.
+
+        Args:
+            path: The file; one that exists is replaced.
+
+        Raises:
+            ConfigError: A field of ``auto_mapping`` or ``unknown`` holds what JSON does not.
+            DiskFullError, MachineError: The file cannot be written.
+        """
+        try:
+            text = json.dumps(
+                self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False
+            )
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"the configuration is no JSON: {error}", path=path) from error
+        _replace_file(Path(path), f"{text}\n".encode())
+
     def _check(self) -> None:
         _expect_int("r", self.r)
         _expect_int("mini_r", self.mini_r)
+        _expect_probability("miss_dropout", self.miss_dropout)
         init = self.init_weights
         if not isinstance(init, bool) and init not in (Variant.BAT, Variant.MINI):
             raise ConfigError(
@@ -203,6 +264,11 @@ def _expect_int(name: str, value: Any) -> None:
         )
 
 
+def _expect_probability(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ConfigError(f"{name} is no probability", expected="0 to 1", found=repr(value))
+
+
 def _expect_names(name: str, value: Any) -> None:
     if value is None or (isinstance(value, str) and name != "modules_to_save"):
         return
@@ -214,3 +280,19 @@ def _other_method(peft_type: object) -> str | None:
     if peft_type is None:
         return "The file needs the fields that PEFT 0.14 to 0.18 write for Bone"
     return f"Merge {peft_type} adapters with the library that made them"
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """Writes a file under another name and renames it: it is whole whenever it is there."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with draft.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else MachineError
+        raise kind(f"cannot be written: {error.strerror or error}", path=path) from error

@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from boneconv.config import CONFIG_NAME, Axis, BoneConfig, Variant
-from boneconv.errors import BoneconvError, ConfigError, FormatError, NotABoneAdapterError
+from boneconv.errors import (
+    BoneconvError,
+    ConfigError,
+    FormatError,
+    MachineError,
+    NotABoneAdapterError,
+)
 
 #: All fields, none at its default.
 FULL: dict[str, Any] = {
@@ -126,6 +132,9 @@ def test_layers_may_be_one_index_or_several() -> None:
         ({"revision": 1.0}, "revision is no text"),
         ({"peft_version": 18}, "peft_version is no text"),
         ({"auto_mapping": "LlamaModel"}, "auto_mapping is no object"),
+        ({"miss_dropout": 1.5}, "miss_dropout is no probability"),
+        ({"miss_dropout": "0"}, "miss_dropout is no probability"),
+        ({"miss_dropout": None}, "miss_dropout is no probability"),
         ({"axis": "sideways"}, "axis"),
         ({"axis": 0}, "axis"),
         ({"axis": []}, "axis"),
@@ -188,3 +197,76 @@ def test_from_file(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(FormatError, match=r"adapter_config\.json: not a JSON file"):
         BoneConfig.from_file(path)
+
+
+def test_to_dict_is_in_the_order_and_the_spelling_of_peft() -> None:
+    assert list(BoneConfig.from_dict(FULL).to_dict().items()) == list(FULL.items())
+
+
+def test_what_only_miss_and_the_native_format_have_is_said_where_it_says_something() -> None:
+    assert set(BoneConfig().to_dict()) == set(FULL)
+    miss = BoneConfig(peft_type="MISS", bias="bone_only").to_dict()
+    assert set(miss) == {*FULL, "mini_r", "miss_dropout"}
+    assert miss["bias"] == "MiSS_only"
+    assert BoneConfig(axis=Axis.IN).to_dict()["axis"] == "in"
+    assert BoneConfig(mini_r=4).to_dict()["mini_r"] == 4
+
+
+def test_a_file_is_what_peft_writes(tmp_path: Path) -> None:
+    from peft import BoneConfig as PeftBoneConfig
+
+    config = _config(r=8, target_modules=["k"], init_weights="bat", peft_version="0.18.1")
+    config.to_file(tmp_path / CONFIG_NAME)
+    theirs = PeftBoneConfig(r=8, target_modules=["k"], init_weights="bat", inference_mode=False)
+    theirs.save_pretrained(tmp_path / "theirs")
+    written = (tmp_path / CONFIG_NAME).read_text()
+    expected = json.loads((tmp_path / "theirs" / CONFIG_NAME).read_text())
+    assert json.loads(written) == expected | {"inference_mode": False}
+    assert list(json.loads(written)) == sorted(expected)
+    assert PeftBoneConfig.from_pretrained(tmp_path).r == 8
+
+
+names = st.lists(st.text(min_size=1, max_size=4), max_size=3).map(tuple)
+
+
+@given(
+    st.builds(
+        BoneConfig,
+        peft_type=st.sampled_from(["BONE", "MISS"]),
+        r=st.integers(1, 99),
+        target_modules=st.none() | names,
+        exclude_modules=st.none() | names | st.text(),
+        init_weights=st.sampled_from([True, False, "bat"]),
+        layers_to_transform=st.none() | st.integers(0, 9) | st.just((1, 2)),
+        layers_pattern=st.none() | st.just("layers") | names,
+        bias=st.sampled_from(["none", "all", "bone_only"]),
+        modules_to_save=st.none() | names,
+        mini_r=st.integers(1, 9),
+        miss_dropout=st.floats(0, 1),
+        axis=st.sampled_from(Axis),
+        peft_version=st.none() | st.just("0.18.1"),
+        unknown=st.dictionaries(st.just("alien"), st.integers()),
+    )
+)
+def test_to_dict_and_from_dict_are_inverse(config: BoneConfig) -> None:
+    assert BoneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_to_file_and_from_file_are_inverse(tmp_path: Path) -> None:
+    config = BoneConfig.from_dict(FULL | {"alien": "Grüße"})
+    config.to_file(tmp_path / CONFIG_NAME)
+    BoneConfig(r=1).to_file(tmp_path / CONFIG_NAME)
+    config.to_file(tmp_path / CONFIG_NAME)
+    assert BoneConfig.from_file(tmp_path / CONFIG_NAME) == config
+    assert [path.name for path in tmp_path.iterdir()] == [CONFIG_NAME]
+
+
+def test_a_file_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_NAME).mkdir()
+    with pytest.raises(MachineError, match="cannot be written"):
+        BoneConfig().to_file(tmp_path / CONFIG_NAME)
+    with pytest.raises(MachineError, match="cannot be written"):
+        BoneConfig().to_file(tmp_path / "absent" / CONFIG_NAME)
+    assert [path.name for path in tmp_path.iterdir()] == [CONFIG_NAME]
+    with pytest.raises(ConfigError, match="the configuration is no JSON"):
+        BoneConfig(auto_mapping={"base": Path()}).to_file(tmp_path / "other.json")
