@@ -17,53 +17,76 @@ if TYPE_CHECKING:
     from boneconv.formats import load_adapter
     from boneconv.inspection import inspect
     from boneconv.merging import MergeResult, merge
+    from boneconv.nn.linear import BoneLinear
+    from boneconv.nn.model import BoneModel
+    from boneconv.onnx import ExportResult, export_onnx
+    from boneconv.onnx.session import AdapterSession
     from boneconv.planning import MergePlan, plan_merge
     from boneconv.unmerging import UnmergeResult, unmerge
     from boneconv.validation import Validation, validate
+    from boneconv.verification import DiffReport, Report, diff, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "AdapterSession",
     "Axis",
     "Block",
     "BoneConfig",
+    "BoneLinear",
+    "BoneModel",
     "BoneconvError",
     "ConvertResult",
+    "DiffReport",
+    "ExportResult",
     "MergePlan",
     "MergeResult",
+    "Report",
     "UnmergeResult",
     "Validation",
     "Variant",
     "__version__",
     "convert",
+    "diff",
+    "export_onnx",
     "inspect",
     "load_adapter",
     "merge",
     "plan_merge",
     "unmerge",
     "validate",
+    "verify",
 ]
 
 _HOMES = {
     "Adapter": "adapter",
+    "AdapterSession": "onnx.session",
     "Axis": "config",
     "Block": "adapter",
     "BoneConfig": "config",
+    "BoneLinear": "nn.linear",
+    "BoneModel": "nn.model",
     "BoneconvError": "errors",
     "ConvertResult": "conversion",
+    "DiffReport": "verification",
+    "ExportResult": "onnx",
     "MergePlan": "planning",
     "MergeResult": "merging",
+    "Report": "verification",
     "UnmergeResult": "unmerging",
     "Validation": "validation",
     "Variant": "config",
     "convert": "conversion",
+    "diff": "verification",
+    "export_onnx": "onnx",
     "inspect": "inspection",
     "load_adapter": "formats",
     "merge": "merging",
     "plan_merge": "planning",
     "unmerge": "unmerging",
     "validate": "validation",
+    "verify": "verification",
 }
 
 

@@ -59,7 +59,10 @@ def test_help_loads_no_numpy(arguments: list[str]) -> None:
     assert not _heavy(found) | found & {"numpy", "ml_dtypes", "blake3"}
 
 
-@pytest.mark.parametrize("command", ["merge", "unmerge", "convert", "validate", "inspect", "demo"])
+@pytest.mark.parametrize(
+    "command",
+    ["merge", "unmerge", "convert", "export-onnx", "verify", "diff", "validate", "inspect", "demo"],
+)
 def test_help_of_a_command_loads_no_numpy(command: str) -> None:
     found = _imported(RUN.format(code=0), command, "--help")
     assert not _heavy(found) | found & {"numpy", "ml_dtypes", "blake3"}
@@ -72,6 +75,16 @@ def test_a_merge_on_the_cpu(tmp_path: Path, variant: str, workers: str) -> None:
     arguments = ["merge", str(base), str(adapter), str(tmp_path / "out"), "--workers", workers]
     assert not _heavy(_imported(RUN.format(code=0), *arguments))
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_verification_with_all_its_reports_and_a_comparison(tmp_path: Path) -> None:
+    base, adapter = make_base(tmp_path / "base"), make_adapter(tmp_path / "adapter")
+    out, inputs = tmp_path / "out", [str(base), str(adapter), str(tmp_path / "out")]
+    reports = [f"--{name}={tmp_path / name}" for name in ("junit", "html", "markdown")]
+    assert not _heavy(_imported(RUN.format(code=0), "merge", *inputs, "--verify"))
+    assert not _heavy(_imported(RUN.format(code=0), "verify", *inputs, *reports))
+    assert not _heavy(_imported(RUN.format(code=1), "verify", *inputs[:2], str(base)))
+    assert not _heavy(_imported(RUN.format(code=0), "diff", str(out), str(out)))
 
 
 def test_a_dry_run_and_inspect(tmp_path: Path) -> None:

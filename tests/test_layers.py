@@ -22,6 +22,7 @@ LOWER: dict[str, set[str]] = {
     "digest": {"dtypes", "errors", "io"},
     "kernels": {"config", "dtypes", "errors"},
     "names": {"errors"},
+    "graphs": {"dtypes", "errors", "io"},
     "adapter": {"config", "dtypes", "errors", "io"},
     "formats": {"adapter", "config", "digest", "dtypes", "errors", "io", "names", "strict_json"},
     "engine": {"adapter", "config", "digest", "dtypes", "errors", "io", "kernels"},
@@ -34,6 +35,17 @@ LOWER: dict[str, set[str]] = {
         "errors",
         "io",
         "kernels",
+        "strict_json",
+    },
+    "nn": {
+        "adapter",
+        "config",
+        "dtypes",
+        "errors",
+        "formats",
+        "io",
+        "kernels",
+        "names",
         "strict_json",
     },
     "planning": {
@@ -51,7 +63,7 @@ LOWER: dict[str, set[str]] = {
 }
 
 #: Parts on top of the workflows; every other part is a workflow, which imports lower parts alone.
-UPPER = ("demo", "cli")
+UPPER = ("demo", "reporting", "cli")
 
 
 def _allowed(part: str) -> set[str]:
@@ -59,6 +71,8 @@ def _allowed(part: str) -> set[str]:
         return LOWER[part]
     if part == "demo":
         return {*LOWER, "merging"}
+    if part == "reporting":
+        return {*LOWER, "verification"}
     return _parts() - {"cli"} if part == "cli" else set(LOWER)
 
 

@@ -13,24 +13,33 @@ import boneconv
 
 PUBLIC = [
     "Adapter",
+    "AdapterSession",
     "Axis",
     "Block",
     "BoneConfig",
+    "BoneLinear",
+    "BoneModel",
     "BoneconvError",
     "ConvertResult",
+    "DiffReport",
+    "ExportResult",
     "MergePlan",
     "MergeResult",
+    "Report",
     "UnmergeResult",
     "Validation",
     "Variant",
     "__version__",
     "convert",
+    "diff",
+    "export_onnx",
     "inspect",
     "load_adapter",
     "merge",
     "plan_merge",
     "unmerge",
     "validate",
+    "verify",
 ]
 
 MODULES = sorted(info.name for info in pkgutil.walk_packages(boneconv.__path__, "boneconv."))

@@ -15,7 +15,15 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 #: Sections whose commands a test below runs as they stand.
-RUN = ("Merge an adapter", "Check an adapter", "Undo a merge", "Convert an adapter")
+RUN = (
+    "Merge an adapter",
+    "Merge into a diffusers pipeline",
+    "Check an adapter",
+    "Undo a merge",
+    "Verify a merge",
+    "In a pipeline",
+    "Convert an adapter",
+)
 FOLDERS = ("base", "restored")
 
 
@@ -70,6 +78,27 @@ def test_the_unmerge_commands_work_as_pasted(tmp_path: Path) -> None:
     run_shell(block, tmp_path)
     base, restored = (tmp_path / "undo" / name / "model.safetensors" for name in FOLDERS)
     assert restored.read_bytes() == base.read_bytes()
+
+
+def test_the_component_commands_work_as_pasted(tmp_path: Path) -> None:
+    (block,) = blocks("sh", "Merge into a diffusers pipeline")
+    run_shell(block, tmp_path)
+    record = (tmp_path / "merged-pipeline" / "boneconv.json").read_text()
+    assert '"unet/' in record
+    assert '"text_encoder/' in record
+
+
+def test_the_verify_commands_work_as_pasted(tmp_path: Path) -> None:
+    for block in blocks("sh", "Verify a merge"):
+        assert run_shell(block, tmp_path)
+    assert "<html" in (tmp_path / "verified" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_pipeline_s_commands_work_as_pasted(tmp_path: Path) -> None:
+    (block,) = blocks("sh", "In a pipeline")
+    run_shell(block, tmp_path)
+    reports = {path.name for path in (tmp_path / "pipeline").glob("verify.*")}
+    assert reports == {"verify.xml", "verify.html", "verify.md"}
 
 
 def test_the_python_example_works_as_pasted(tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ __all__ = ["cli", "main"]
 _COMMANDS = {
     "merge": "Merge an adapter into a checkpoint.",
     "unmerge": "Restore the base of a merged checkpoint.",
+    "export-onnx": "Export a base with an adapter to ONNX.",
     "convert": "Convert an adapter to another format.",
+    "verify": "Check that a candidate is what base and adapter mean.",
+    "diff": "Compare two checkpoints or two adapters.",
     "validate": "Check an adapter against the rules of its format.",
     "inspect": "Show what an adapter or a checkpoint holds.",
     "demo": "Merge tiny adapters into a tiny model and check the result.",
@@ -28,7 +31,7 @@ _COMMANDS = {
 #: Every worker computes by itself; a BLAS with threads of its own would only get in their way. Not
 #: so in `_NO_WORKERS`, which compute one matrix after the other.
 _ONE_THREAD = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "BLIS_NUM_THREADS")
-_NO_WORKERS = ("convert",)
+_NO_WORKERS = ("convert", "export-onnx")
 
 
 class _Commands(click.Group):
@@ -40,7 +43,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = importlib.import_module(f"boneconv.cli.{cmd_name}")
+        module = importlib.import_module(f"boneconv.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 

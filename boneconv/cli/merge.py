@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,8 +28,15 @@ __all__ = ["command"]
     "--adapter",
     "more",
     multiple=True,
-    metavar="MORE",
-    help="A further adapter, applied after the first; may be repeated.",
+    metavar="[NAME=]MORE",
+    help="A further adapter, applied after the first; with --component, NAME=PATH for another "
+    "component. May be repeated.",
+)
+@click.option(
+    "--component",
+    metavar="NAME",
+    help="BASE is a diffusers pipeline: merge ADAPTER into this component of it, such as unet; "
+    "all else of it is copied.",
 )
 @click.option(
     "--each",
@@ -50,7 +58,7 @@ __all__ = ["command"]
     type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
     default="keep",
     show_default=True,
-    help="Dtype of every floating tensor of OUT.",
+    help="Dtype of every floating tensor of OUT; with --component, of the merged components.",
 )
 @click.option(
     "--max-shard-size", metavar="SIZE", help="Such as 5GB; by default OUT has the base's files."
@@ -87,6 +95,12 @@ __all__ = ["command"]
     metavar="FILE",
     help="Keep in FILE what `boneconv unmerge` needs to restore the base's every byte.",
 )
+@click.option(
+    "--verify",
+    "verified",
+    is_flag=True,
+    help="Verify OUT before it is published; if that fails, nothing is, and the exit code is 1.",
+)
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress and no remarks.")
@@ -96,6 +110,7 @@ def command(
     adapter: str,
     out: str,
     more: tuple[str, ...],
+    component: str | None,
     each: tuple[str, ...],
     scale: float,
     dtype: str,
@@ -107,6 +122,7 @@ def command(
     no_card: bool,
     allow_base_mismatch: bool,
     keep_delta: str | None,
+    verified: bool,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -115,7 +131,8 @@ def command(
     """Merge ADAPTER into BASE and write the result to OUT.
 
     BASE and ADAPTER are folders, files or Hub ids (owner/name[@revision]). OUT is a folder for a
-    folder and a .safetensors or .pth file for a file; it appears whole or not at all.
+    folder and a .safetensors or .pth file for a file; it appears whole or not at all. With
+    --component, BASE and OUT are diffusers pipelines.
 
     Example: boneconv merge ./SmolLM2-135M ./my-bone-adapter ./merged
     """
@@ -123,7 +140,9 @@ def command(
     from boneconv.planning import plan_merge
 
     pairs = [_pair(text) for text in each]
+    more, components = _by_component(more) if component is not None else (more, {})
     options: dict[str, Any] = {
+        "component": component,
         "scale": scale,
         "dtype": dtype,
         "max_shard_size": max_shard_size,
@@ -131,7 +150,7 @@ def command(
         "card": not no_card,
     }
     if dry_run:
-        plans = [plan_merge(base, adapter, more=more, **options)]
+        plans = [plan_merge(base, adapter, more=more, components=components, **options)]
         plans += [plan_merge(base, one, **options) for one, _ in pairs]
         if as_json:
             first, *others = map(_plan_json, plans)
@@ -139,6 +158,13 @@ def command(
         else:
             click.echo("\n\n".join(_plan_text(plan, verbose) for plan in plans))
         return
+    check = None
+    if verified:
+        from boneconv.cli.verified import Adapters, MergeCheck
+
+        stacks: list[Adapters] = [[(component, (adapter, *more)), *components.items()]]
+        stacks += [[(component, (one,))] for one, _ in pairs]
+        check = MergeCheck(base, stacks, scale=scale, dtype=dtype, workers=workers, quiet=quiet)
     bar = Bar("merging", quiet=quiet)
     try:
         with _executor(scheduler) as executor:
@@ -148,10 +174,12 @@ def command(
                 out,
                 more=more,
                 each=pairs,
+                components=components,
                 device=device,
                 executor=executor,
                 allow_base_mismatch=allow_base_mismatch,
                 keep_delta=keep_delta,
+                check=check,
                 force=force,
                 progress=bar,
                 **options,
@@ -163,7 +191,8 @@ def command(
             note(text, quiet=quiet)
     if as_json:
         others = [_result_json(one) for one in result.each]
-        echo_json(_result_json(result) | ({"each": others} if others else {}))
+        found = {} if check is None else {"verified": check.verdicts}
+        echo_json(_result_json(result) | found | ({"each": others} if others else {}))
     else:
         click.echo("\n".join(map(_result_text, (result, *result.each))))
 
@@ -173,6 +202,19 @@ def _pair(text: str) -> tuple[str, str]:
     if not separator or not adapter or not out:
         raise click.UsageError(f"--each takes ADAPTER=OUT, not {one_line(text)}")
     return adapter, out
+
+
+def _by_component(more: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, list[str]]]:
+    """Adapters of the first component, and those of others: NAME=PATH, unless that is a path."""
+    first: list[str] = []
+    others: dict[str, list[str]] = {}
+    for text in more:
+        name, separator, path = text.partition("=")
+        if separator and path and name.isidentifier() and not Path(text).exists():
+            others.setdefault(name, []).append(path)
+        else:
+            first.append(text)
+    return tuple(first), others
 
 
 @contextmanager
@@ -210,16 +252,16 @@ def _plan_json(plan: MergePlan) -> dict[str, Any]:
         "files": [shard.name for shard in plan.plan.shards],
         "copies": [str(path) for path in plan.plan.copies],
         "left_out": [str(path) for path in plan.plan.left_out],
-        "matched_by": sorted(plan.accounts.matched_by),
+        "matched_by": plan.matched_by,
         "notes": list(plan.notes),
         "plan": [
             {
-                "name": tensor.name,
+                "name": name,
                 "action": str(tensor.action),
                 "dtype": tensor.dtype,
                 "shape": list(tensor.shape),
             }
-            for tensor in plan.plan.tensors
+            for name, tensor in plan.plan.named.items()
         ],
     }
 
@@ -227,7 +269,7 @@ def _plan_json(plan: MergePlan) -> dict[str, Any]:
 def _plan_text(plan: MergePlan, verbose: bool) -> str:
     lines = [
         f"tensors      {_counts(plan.counts)}",
-        f"names        matched by {', '.join(sorted(plan.accounts.matched_by))}",
+        f"names        matched by {', '.join(plan.matched_by)}",
         f"disk         {size(plan.plan.total_bytes)}",
         f"peak memory  about {size(plan.peak_memory)}",
         f"files        {len(plan.plan.shards)} of weights, {len(plan.plan.copies)} copied, "
@@ -237,8 +279,8 @@ def _plan_text(plan: MergePlan, verbose: bool) -> str:
     if verbose:
         rows = [("action", "tensor", "dtype", "shape")]
         rows += [
-            (str(t.action), t.name, t.dtype, "x".join(map(str, t.shape)) or "scalar")
-            for t in plan.plan.tensors
+            (str(t.action), name, t.dtype, "x".join(map(str, t.shape)) or "scalar")
+            for name, t in plan.plan.named.items()
         ]
         lines += ["", table(rows)]
     return "\n".join(lines)

@@ -1,0 +1,274 @@
+"""What is compared with what: a planned tensor and the candidate's, in segments for workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import blake3
+import numpy as np
+
+from boneconv.dtypes import FLOATS
+from boneconv.engine.compute import Desk
+from boneconv.engine.plan import Action, PlannedShard, PlannedTensor
+from boneconv.engine.segments import Segment, segments_of
+from boneconv.engine.workers import Place
+from boneconv.errors import NonFiniteError, ShapeError
+from boneconv.io.files import Reader
+from boneconv.io.safetensors import StoredTensor, Tensor, byte_view
+from boneconv.kernels import RowMerger, Stage, cast_rows
+from boneconv.kernels.stage import Array
+from boneconv.verification.compare import compare_chunk, compare_merged
+from boneconv.verification.measures import Measures
+from boneconv.verification.reach import Reach
+
+__all__ = [
+    "Heads",
+    "Pair",
+    "Part",
+    "Task",
+    "Worker",
+    "comparable",
+    "like",
+    "read_rows",
+    "stages_of",
+    "tasks_of",
+]
+
+_CHUNK_BYTES = 1 << 20
+_HEAD = 1 << 12
+#: After so many elements that nothing explains, a tensor is wrong, and no further ones are judged.
+_HOPELESS = 256
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tensor and what it should be, of one shape.
+
+    Attributes:
+        planned: What it should be; its dtype is the candidate's.
+        held: The candidate's tensor.
+    """
+
+    planned: PlannedTensor
+    held: Tensor
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Digests of a tensor's first bytes, which tell tensors that were exchanged.
+
+    Attributes:
+        want: Of the expected tensor.
+        have: Of the candidate's.
+        base: Of the base's, as the candidate would store it.
+    """
+
+    want: bytes
+    have: bytes
+    base: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a worker found in a segment; heads come with a tensor's first one."""
+
+    measures: Measures
+    heads: Heads | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A segment of a pair."""
+
+    pair: Pair
+    segment: Segment
+
+
+def tasks_of(pairs: Iterable[Pair]) -> list[Task]:
+    """The segments of all pairs, in order."""
+    tasks = []
+    for pair in pairs:
+        planned = pair.planned
+        start = pair.held.offset if isinstance(pair.held, StoredTensor) else 0
+        shard = PlannedShard("", (planned,), b"", {planned.name: start}, 0)
+        tasks += [Task(pair, segment) for segment in segments_of(shard)]
+    return tasks
+
+
+def stages_of(planned: PlannedTensor) -> list[Stage]:
+    """The updates of a planned tensor, their blocks read."""
+    return [
+        Stage(u.block.variant, u.block.tensor.read(), u.block.axis, u.scale, u.residue)
+        for u in planned.updates
+    ]
+
+
+def read_rows(
+    tensor: Tensor, reader: Reader | None, first: int, shape: tuple[int, int], into: Array | None
+) -> Array:
+    """Reads consecutive rows of a tensor of a float dtype.
+
+    Args:
+        tensor: The tensor.
+        reader: Its file; None where it is in memory.
+        first: The first row.
+        shape: Rows, and elements of a row.
+        into: An array to fill; None for a new one.
+    """
+    if not isinstance(tensor, StoredTensor):
+        begin = first * shape[1]
+        return tensor.array.reshape(-1)[begin : begin + shape[0] * shape[1]].reshape(shape)
+    dtype = FLOATS[tensor.dtype]
+    rows: Array = np.empty(shape, dtype) if into is None else into
+    assert reader is not None
+    reader.read_into(byte_view(rows), tensor.offset + first * shape[1] * dtype.itemsize)
+    return rows
+
+
+class Worker:
+    """Compares segments, one after the other; a context manager.
+
+    Args:
+        queues: The tasks of every queue.
+    """
+
+    def __init__(self, queues: Sequence[Sequence[Task]]) -> None:
+        self._queues = queues
+        self._desk = Desk()
+        self._files = ExitStack()
+        self._readers: dict[Path, Reader] = {}
+        self._at: PlannedTensor | None = None
+        self._merger: RowMerger | None = None
+        self._reach: Reach | None = None
+        self._unexplained = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._files.close()
+
+    def __call__(self, place: Place) -> Part:
+        """Compares a segment."""
+        task = self._queues[place[0]][place[1]]
+        planned = task.pair.planned
+        try:
+            if planned.updates:
+                return self._merged(task)
+            if planned.dtype in FLOATS:
+                return self._values(task)
+        except NonFiniteError as error:
+            raise error.restated(f"{planned.name!r}: {error.message}", error.path) from error
+        return self._bytes(task)
+
+    def _merged(self, task: Task) -> Part:
+        segment, planned, held = task.segment, task.pair.planned, task.pair.held
+        merger, reach = self._prepared(planned)
+        found, heads = Measures(), None
+        step = merger.preferred_rows()
+        for first, count in _chunks(segment, step):
+            shape = (count, segment.row_elements)
+            rows = self._read(planned.source, first, shape, "rows")
+            have = self._read(held, first, shape, "have")
+            want = self._desk.array("want", shape, FLOATS[planned.dtype])
+            merger.merge(rows, first, want, self._desk.scratch)
+            if first == 0:
+                heads = Heads(_digest(want), _digest(have), _digest(rows.astype(want.dtype)))
+            judge = None if self._unexplained > _HOPELESS else reach
+            part = compare_merged(rows, first, want, have, judge, self._desk.scratch)
+            self._unexplained += part.unexplained
+            found += part
+        return Part(found, heads)
+
+    def _values(self, task: Task) -> Part:
+        segment, planned, held = task.segment, task.pair.planned, task.pair.held
+        found, heads = Measures(), None
+        dtype = FLOATS[planned.dtype]
+        for first, count in _chunks(segment, _CHUNK_BYTES // dtype.itemsize):
+            rows = self._read(planned.source, first, (count, 1), "rows")
+            have = self._read(held, first, (count, 1), "have")
+            want = rows
+            if rows.dtype != dtype:
+                want = self._desk.array("want", rows.shape, dtype)
+                cast_rows(rows, dtype, want, self._desk.scratch)
+            if first == 0:
+                heads = Heads(_digest(want), _digest(have))
+            found += compare_chunk(want, have, first)
+        return Part(found, heads)
+
+    def _bytes(self, task: Task) -> Part:
+        """Compares a tensor of another dtype, a byte at a time."""
+        segment, source, held = task.segment, task.pair.planned.source, task.pair.held
+        assert isinstance(source, StoredTensor)
+        assert isinstance(held, StoredTensor)
+        wrong = 0
+        for first, count in _chunks(segment, _CHUNK_BYTES):
+            want = self._desk.array("want", (count,), np.dtype(np.uint8))
+            have = self._desk.array("have", (count,), np.dtype(np.uint8))
+            self._reader(source).read_into(byte_view(want), source.offset + first)
+            self._reader(held).read_into(byte_view(have), held.offset + first)
+            if not np.array_equal(want, have):
+                wrong += int(np.count_nonzero(want != have))
+        found = Measures(elements=segment.rows, differing=wrong, wrong=wrong, beyond=wrong)
+        return Part(found)
+
+    def _prepared(self, planned: PlannedTensor) -> tuple[RowMerger, Reach]:
+        """The merger of the weight that this worker is at; the one before is dropped first."""
+        if self._at is not planned or self._merger is None or self._reach is None:
+            self._merger = self._reach = None
+            stages = stages_of(planned)
+            source, target = FLOATS[planned.source.dtype], FLOATS[planned.dtype]
+            try:
+                self._merger = RowMerger(stages, planned.matrix_shape, source, target)
+            except (NonFiniteError, ShapeError) as error:
+                raise error.restated(f"the block of {planned.name!r}: {error.message}", None) from (
+                    error
+                )
+            self._reach = Reach(stages, target)
+            self._at, self._unexplained = planned, 0
+        return self._merger, self._reach
+
+    def _read(self, tensor: Tensor, first: int, shape: tuple[int, int], use: str) -> Array:
+        if not isinstance(tensor, StoredTensor):
+            return read_rows(tensor, None, first, shape, None)
+        into = self._desk.array(use, shape, FLOATS[tensor.dtype])
+        return read_rows(tensor, self._reader(tensor), first, shape, into)
+
+    def _reader(self, tensor: StoredTensor) -> Reader:
+        if tensor.path not in self._readers:
+            self._readers[tensor.path] = self._files.enter_context(Reader(tensor.path))
+        return self._readers[tensor.path]
+
+
+def _chunks(segment: Segment, rows: int) -> list[tuple[int, int]]:
+    end = segment.first_row + segment.rows
+    return [(first, min(rows, end - first)) for first in range(segment.first_row, end, rows)]
+
+
+def _digest(rows: Array) -> bytes:
+    head = np.ascontiguousarray(rows.reshape(-1)[: _HEAD // rows.dtype.itemsize])
+    return blake3.blake3(byte_view(head)).digest(16)
+
+
+def like(planned: PlannedTensor, dtype: str) -> PlannedTensor:
+    """A planned tensor in another dtype; a copy of another dtype is a cast."""
+    if dtype == planned.dtype:
+        return planned
+    action = Action.CAST if planned.action is Action.COPY else planned.action
+    return replace(planned, dtype=dtype, action=action)
+
+
+def comparable(planned: PlannedTensor, held: Tensor) -> bool:
+    """Whether two tensors can be compared number by number, or byte by byte."""
+    numbers = planned.dtype in FLOATS and held.dtype in FLOATS
+    return planned.shape == held.shape and (numbers or planned.dtype == held.dtype)

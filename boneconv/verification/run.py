@@ -1,0 +1,217 @@
+"""`verify`: whether a candidate is what base and adapters mean, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from boneconv.engine.progress import Progress
+from boneconv.errors import UsageError
+from boneconv.io.checkpoint import open_checkpoint
+from boneconv.io.hub import Source, locate
+from boneconv.planning.options import Stacks
+from boneconv.planning.plan import (
+    Components,
+    MergePlan,
+    Options,
+    PathLike,
+    plan_located,
+    stacks,
+    wanted_of,
+)
+from boneconv.verification.candidate import kind_of_candidate, open_candidate, read_record
+from boneconv.verification.checkpoint import Outcome, verify_checkpoint
+from boneconv.verification.parts import verify_pipeline
+from boneconv.verification.report import CandidateKind, Finding, Report, TensorAction
+from boneconv.verification.settings import Settings, check_record, infer, rule_of
+from boneconv.verification.summary import ordered_findings, totals_of
+
+__all__ = ["verify", "verify_plan"]
+
+_CHANGED = (TensorAction.MERGE, TensorAction.REPLACE, TensorAction.ADD)
+_CHECKPOINTS = (CandidateKind.CHECKPOINT, CandidateKind.FILE)
+
+
+def verify(
+    base: PathLike,
+    adapter: PathLike,
+    candidate: PathLike,
+    *,
+    more: Sequence[PathLike] = (),
+    component: str | None = None,
+    components: Components | None = None,
+    scale: float | None = None,
+    dtype: str | None = None,
+    tolerance: str = "default",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Recomputes what a candidate should be and compares every tensor and file.
+
+    Memory is bounded whatever the model's size. Bytes are compared first; where they differ, the
+    exact values decide (`boneconv.verification.reach` states the rule).
+
+    Args:
+        base: A folder, a ``.safetensors`` or ``.pth`` file, or a Hub id ``owner/name[@revision]``.
+        adapter: The same, for the adapter.
+        candidate: A merged folder or file, an ONNX graph or its folder, a LoRA or another adapter.
+        more: Further adapters, applied in order after the first.
+        component: The component of a diffusers pipeline that ``adapter`` and ``more`` belong to;
+            the candidate is a pipeline then.
+        components: Further components, each with an adapter or several.
+        scale: S in ``W + S (W' - W)``; by default what the candidate's record says, else 1.
+        dtype: ``keep``, ``float32``, ``bfloat16`` or ``float16``; by default the candidate's.
+        tolerance: ``default``: what a merge that accumulates in float32 may give; ``canonical``:
+            every byte; ``peft``: also what PEFT's double rounding gives. A candidate whose record
+            says that it is canonical is held to every byte.
+        workers: Workers that compute; by default one for each usable core.
+        progress: Is told how far it is.
+
+    Returns:
+        The report; its findings say what was assumed.
+
+    Raises:
+        UsageError: The options do not go together.
+        InputError: One of its kinds, for every fault of base and adapters, and for a candidate that
+            is nothing that can be verified.
+        MachineError: Reading failed.
+    """
+    source = locate(base, wanted_of(component))
+    place = Path(candidate)
+    if component is not None or components:
+        wanted = stacks(adapter, more, component, components)
+        return _pipeline(
+            source, wanted, place, scale, dtype, tolerance, workers=workers, progress=progress
+        )
+    stored = open_checkpoint(source.path).tensors
+    kind = kind_of_candidate(place, frozenset(stored))
+    rule_of(tolerance, {})
+    if kind is CandidateKind.ONNX:
+        from boneconv.verification.onnx import verify_graph
+
+        return verify_graph(
+            source,
+            (adapter, *more),
+            place,
+            scale=scale,
+            tolerance=tolerance,
+            workers=workers,
+            progress=progress,
+        )
+    if kind not in _CHECKPOINTS:
+        from boneconv.verification.converted import verify_converted
+
+        if more:
+            raise UsageError("a converted adapter stands for one adapter", path=place)
+        return verify_converted(source, adapter, place, kind, scale=scale, progress=progress)
+    opened = open_candidate(place, kind)
+    settings = infer(scale, dtype, opened.record, stored, opened.tensors)
+    options = Options.parse(
+        scale=settings.scale,
+        dtype=settings.dtype,
+        max_shard_size=None,
+        card=False,
+        workers=workers,
+    )
+    planned = plan_located(source, stacks(adapter, more, None, None), options)
+    rule, numerics = rule_of(tolerance, opened.record)
+    outcome = verify_checkpoint(planned, opened, rule, workers=workers, progress=progress)
+    notes = [*settings.findings, *check_record(planned, settings.scale, opened.record)]
+    return _report(planned, place, kind, settings, (rule, numerics), outcome, notes)
+
+
+def verify_plan(
+    planned: MergePlan,
+    candidate: Path,
+    *,
+    scale: float = 1.0,
+    dtype: str = "keep",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Holds what a merge has written, before it is published, against the merge's own plan.
+
+    Args:
+        planned: The plan.
+        candidate: The folder or file that was written; it need not have its final name.
+        scale: The plan's strength, for the report.
+        dtype: The plan's dtype, for the report.
+        workers: As of `verify`.
+        progress: As of `verify`.
+
+    Returns:
+        The report, under the rule ``canonical``.
+
+    Raises:
+        NonFiniteError, FormatError, MachineError: As `verify`.
+    """
+    settings = Settings(scale, dtype, ())
+    kind = CandidateKind.CHECKPOINT if candidate.is_dir() else CandidateKind.FILE
+    if planned.is_pipeline:
+        record = {"numerics": "canonical"}
+        outcome = verify_pipeline(
+            planned, candidate, record, "canonical", workers=workers, progress=progress
+        )
+    else:
+        opened = open_candidate(candidate, kind)
+        opened = replace(opened, record={"numerics": "canonical"})
+        outcome = verify_checkpoint(
+            planned, opened, "canonical", workers=workers, progress=progress
+        )
+    return _report(planned, candidate, kind, settings, ("canonical", "canonical"), outcome, [])
+
+
+def _pipeline(
+    source: Source,
+    adapters: Stacks,
+    candidate: Path,
+    scale: float | None,
+    dtype: str | None,
+    tolerance: str,
+    *,
+    workers: int | None,
+    progress: Progress | None,
+) -> Report:
+    """Verifies a pipeline; its dtype is not inferred."""
+    record = read_record(candidate)
+    rule, numerics = rule_of(tolerance, record)
+    settings = infer(scale, dtype or "keep", record, {}, {})
+    options = Options.parse(
+        scale=settings.scale, dtype=settings.dtype, max_shard_size=None, card=False, workers=workers
+    )
+    planned = plan_located(source, adapters, options)
+    outcome = verify_pipeline(planned, candidate, record, rule, workers=workers, progress=progress)
+    notes = [*settings.findings, *check_record(planned, settings.scale, record)]
+    kind = CandidateKind.CHECKPOINT
+    return _report(planned, candidate, kind, settings, (rule, numerics), outcome, notes)
+
+
+def _report(
+    planned: MergePlan,
+    candidate: Path,
+    kind: CandidateKind,
+    settings: Settings,
+    rule: tuple[str, str | None],
+    outcome: Outcome,
+    notes: list[Finding],
+) -> Report:
+    changed = [
+        outcome.found[tensor.name].measures
+        for tensor in outcome.tensors
+        if tensor.action in _CHANGED and tensor.name in outcome.found
+    ]
+    return Report(
+        base=planned.base.given,
+        adapters=tuple(source.given for source in planned.adapters),
+        candidate=str(candidate),
+        kind=kind,
+        numerics=rule[1],
+        tolerance=rule[0],
+        scale=settings.scale,
+        dtype=settings.dtype,
+        tensors=outcome.tensors,
+        files=outcome.files,
+        findings=ordered_findings([*outcome.findings, *notes]),
+        totals=totals_of(outcome.tensors, changed),
+    )
