@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +17,7 @@ from boneconv.dtypes import FLOATS
 from boneconv.engine.plan import Update
 from boneconv.engine.workers import Place
 from boneconv.errors import InputError, NonFiniteError
-from boneconv.io.files import Reader
+from boneconv.io.open_files import OpenFiles
 from boneconv.io.safetensors import StoredTensor, byte_view
 from boneconv.kernels import Scratch
 from boneconv.kernels.inverse import InverseMerger
@@ -82,14 +79,13 @@ def pieces_of(subject: Subject) -> list[Piece]:
     return [Piece(subject, first, min(step, total - first)) for first in range(0, total, step)]
 
 
-class PieceWorker:
+class PieceWorker(OpenFiles):
     """Packs pieces, one after the other; a context manager."""
 
     def __init__(self, queues: Sequence[Sequence[Piece]]) -> None:
+        super().__init__()
         self._queues = queues
         self._scratch = Scratch()
-        self._files = ExitStack()
-        self._readers: dict[Path, Reader] = {}
         self._merger: tuple[Subject, InverseMerger | None] | None = None
 
     def __call__(self, place: Place) -> bytes:
@@ -131,21 +127,8 @@ class PieceWorker:
         return self._merger[1]
 
     def _read(self, tensor: StoredTensor, piece: Piece) -> NDArray[Any]:
-        if tensor.path not in self._readers:
-            self._readers[tensor.path] = self._files.enter_context(Reader(tensor.path))
         columns = piece.subject.matrix_shape[1]
         rows = np.empty((piece.rows, columns), FLOATS[tensor.dtype])
         offset = tensor.offset + piece.first_row * columns * rows.itemsize
-        self._readers[tensor.path].read_into(byte_view(rows), offset)
+        self.reader(tensor.path).read_into(byte_view(rows), offset)
         return rows
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._files.close()

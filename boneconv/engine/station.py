@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from boneconv.dtypes import FLOATS
 from boneconv.engine.compute import Desk, Leaves, Merger, do_segment
@@ -15,6 +12,7 @@ from boneconv.engine.segments import Segment
 from boneconv.engine.workers import Place
 from boneconv.errors import NonFiniteError, ShapeError
 from boneconv.io.files import Reader, Writer
+from boneconv.io.open_files import OpenFiles
 from boneconv.io.safetensors import StoredTensor
 from boneconv.kernels import RowMerger, Stage
 
@@ -24,7 +22,7 @@ __all__ = ["Station", "Task", "new_merger"]
 Task = tuple[int, Segment]
 
 
-class Station:
+class Station(OpenFiles):
     """Does segments, one after the other; a context manager.
 
     Args:
@@ -36,10 +34,9 @@ class Station:
     def __init__(
         self, queues: Sequence[Sequence[Task]], paths: Sequence[Path], device: str
     ) -> None:
+        super().__init__()
         self._queues, self._paths, self._device = queues, paths, device
         self._desk = Desk()
-        self._files = ExitStack()
-        self._readers: dict[Path, Reader] = {}
         self._writers: dict[Path, Writer] = {}
         self._queue = -1
         self._mergers: dict[int, tuple[str, Merger]] = {}
@@ -52,19 +49,15 @@ class Station:
         shard, segment = self._queues[place[0]][place[1]]
         return do_segment(
             segment,
-            self._reader(segment.tensor),
+            self._source_of(segment.tensor),
             self._writer(self._paths[shard]),
             self._merger_of(shard, segment.tensor),
             self._desk,
         )
 
-    def _reader(self, tensor: PlannedTensor) -> Reader | None:
-        if not isinstance(tensor.source, StoredTensor):
-            return None
-        path = tensor.source.path
-        if path not in self._readers:
-            self._readers[path] = self._files.enter_context(Reader(path))
-        return self._readers[path]
+    def _source_of(self, tensor: PlannedTensor) -> Reader | None:
+        source = tensor.source
+        return self.reader(source.path) if isinstance(source, StoredTensor) else None
 
     def _writer(self, path: Path) -> Writer:
         if path not in self._writers:
@@ -81,17 +74,6 @@ class Station:
             merger = new_merger(tensor, self._device)
         self._mergers[shard] = tensor.name, merger
         return merger
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._files.close()
 
 
 def new_merger(tensor: PlannedTensor, device: str = "cpu") -> Merger:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +18,8 @@ from boneconv.engine.workers import Place, can_fork, run_queues, usable_cores
 from boneconv.errors import UsageError
 from boneconv.formats import read_adapter, says_native
 from boneconv.io.checkpoint import open_checkpoint
-from boneconv.io.files import Reader
 from boneconv.io.hub import ADAPTER, BASE, Source, locate
+from boneconv.io.open_files import OpenFiles
 from boneconv.io.pth import PTH_SUFFIXES
 from boneconv.io.safetensors import StoredTensor, Tensor
 from boneconv.kernels.stage import Array
@@ -160,24 +158,12 @@ class _Task:
     count: int
 
 
-class _Worker:
+class _Worker(OpenFiles):
     """Compares parts of tensors, one after the other; a context manager."""
 
     def __init__(self, queues: Sequence[Sequence[_Task]]) -> None:
+        super().__init__()
         self._queues = queues
-        self._files = ExitStack()
-        self._readers: dict[Path, Reader] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._files.close()
 
     def __call__(self, place: Place) -> _Sums:
         task = self._queues[place[0]][place[1]]
@@ -192,7 +178,7 @@ class _Worker:
         return _measured(one, other)
 
     def _values(self, tensor: Tensor, task: _Task) -> Array:
-        reader = self._reader(tensor) if isinstance(tensor, StoredTensor) else None
+        reader = self.reader(tensor.path) if isinstance(tensor, StoredTensor) else None
         return read_rows(tensor, reader, task.first, (task.count, 1), None).reshape(-1)
 
     def _bytes(self, task: _Task) -> _Sums:
@@ -203,14 +189,9 @@ class _Worker:
         for tensor in (task.one, task.other):
             assert isinstance(tensor, StoredTensor)
             part = bytearray(task.count)
-            self._reader(tensor).read_into(memoryview(part), tensor.offset + task.first)
+            self.reader(tensor.path).read_into(memoryview(part), tensor.offset + task.first)
             parts.append(part)
         return _Sums(elements=task.count, same_bits=parts[0] == parts[1])
-
-    def _reader(self, tensor: StoredTensor) -> Reader:
-        if tensor.path not in self._readers:
-            self._readers[tensor.path] = self._files.enter_context(Reader(tensor.path))
-        return self._readers[tensor.path]
 
 
 def _measured(one: Array, other: Array) -> _Sums:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import blake3
 import numpy as np
@@ -19,6 +15,7 @@ from boneconv.engine.segments import Segment, segments_of
 from boneconv.engine.workers import Place
 from boneconv.errors import NonFiniteError, ShapeError
 from boneconv.io.files import Reader
+from boneconv.io.open_files import OpenFiles
 from boneconv.io.safetensors import StoredTensor, Tensor, byte_view
 from boneconv.kernels import RowMerger, Stage, cast_rows
 from boneconv.kernels.stage import Array
@@ -130,7 +127,7 @@ def read_rows(
     return rows
 
 
-class Worker:
+class Worker(OpenFiles):
     """Compares segments, one after the other; a context manager.
 
     Args:
@@ -138,25 +135,13 @@ class Worker:
     """
 
     def __init__(self, queues: Sequence[Sequence[Task]]) -> None:
+        super().__init__()
         self._queues = queues
         self._desk = Desk()
-        self._files = ExitStack()
-        self._readers: dict[Path, Reader] = {}
         self._at: PlannedTensor | None = None
         self._merger: RowMerger | None = None
         self._reach: Reach | None = None
         self._unexplained = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._files.close()
 
     def __call__(self, place: Place) -> Part:
         """Compares a segment."""
@@ -215,8 +200,8 @@ class Worker:
         for first, count in _chunks(segment, _CHUNK_BYTES):
             want = self._desk.array("want", (count,), np.dtype(np.uint8))
             have = self._desk.array("have", (count,), np.dtype(np.uint8))
-            self._reader(source).read_into(byte_view(want), source.offset + first)
-            self._reader(held).read_into(byte_view(have), held.offset + first)
+            self.reader(source.path).read_into(byte_view(want), source.offset + first)
+            self.reader(held.path).read_into(byte_view(have), held.offset + first)
             if not np.array_equal(want, have):
                 wrong += int(np.count_nonzero(want != have))
         found = Measures(elements=segment.rows, differing=wrong, wrong=wrong, beyond=wrong)
@@ -242,12 +227,7 @@ class Worker:
         if not isinstance(tensor, StoredTensor):
             return read_rows(tensor, None, first, shape, None)
         into = self._desk.array(use, shape, FLOATS[tensor.dtype])
-        return read_rows(tensor, self._reader(tensor), first, shape, into)
-
-    def _reader(self, tensor: StoredTensor) -> Reader:
-        if tensor.path not in self._readers:
-            self._readers[tensor.path] = self._files.enter_context(Reader(tensor.path))
-        return self._readers[tensor.path]
+        return read_rows(tensor, self.reader(tensor.path), first, shape, into)
 
 
 def _chunks(segment: Segment, rows: int) -> list[tuple[int, int]]:
