@@ -12,6 +12,7 @@ from boneconv.adapter import Adapter
 from boneconv.config import BoneConfig
 from boneconv.errors import ConfigError
 from boneconv.nn.attaching import LayerSpec, attach_blocks, attach_copies, detach, warn_of_ties
+from boneconv.nn.base_state import leave_out_base
 from boneconv.nn.biases import TrainedBiases, bias_places
 from boneconv.nn.linear import BoneLinear
 from boneconv.nn.loading import Contents, read_contents
@@ -29,8 +30,10 @@ class AdaptedModel(torch.nn.Module):
     Attributes:
         model: The model.
         peft_config: The configurations by adapter.
+        base_in_state_dict: Whether ``state_dict`` holds the base's own parameters too.
     """
 
+    base_in_state_dict: bool = True
     model: torch.nn.Module
     wraps: ClassVar[tuple[type[torch.nn.Module], type[torch.nn.Module]]]
 
@@ -51,6 +54,7 @@ class AdaptedModel(torch.nn.Module):
         self._enabled = True
         self._biases: dict[str, TrainedBiases] = {}
         hold_once(self)
+        leave_out_base(self)
         self._trained_before = {n for n, p in model.named_parameters() if p.requires_grad}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

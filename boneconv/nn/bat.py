@@ -103,8 +103,16 @@ class _BatLinear(torch.autograd.Function):
 
 
 def _as_activations(x: Tensor, block: Tensor) -> bool:
-    """Whether activations cost less than forming W'."""
-    return x.shape[0] < block.shape[-1]
+    """Whether activations cost less than forming W'.
+
+    A graph exported for any number of tokens has one form for all, which forms W'.
+    """
+    fewer = x.shape[0] < block.shape[-1]
+    if not torch.compiler.is_exporting():
+        return fewer
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(fewer)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def apply_updates(
         _check_input(x, weight)
     if base is None and len(updates) == 1 and _is_plain(x, weight, updates[0]):
         return bone_linear(x, weight, bias, updates[0].block)
-    pending = list(updates)
+    given, pending = weight, list(updates)
     fixed = max([-1] + [i for i, update in enumerate(pending) if update.acts_on_rows])
     if fixed > 0:
         weight, base = compose(weight, pending[:fixed]), None
@@ -110,7 +110,7 @@ def apply_updates(
     for update in reversed(pending):
         x = _unwind(x, weight, update, terms)
     if bat is not None:
-        y = bat_linear(x, weight, bias, bat.block).to(compute_dtype(x, weight))
+        y = bat_linear(x, weight, bias, bat.block).to(compute_dtype(x, given))
         own = not y.requires_grad  # autograd refuses to write to what a Function of ours returns
     elif base is None:
         y, own = F.linear(x, weight, bias), True

@@ -44,6 +44,9 @@ class BoneModel(AdaptedModel):
 
     ``state_dict`` holds the model and all adapters (what is tied, once); loading it into a
     `BoneModel` that was made from the same base and configurations resumes training exactly.
+    This is what the checkpoints of transformers' Trainer and of accelerate hold: to resume, make
+    the `BoneModel` again and give them the checkpoint. With ``base_in_state_dict = False`` they
+    hold what the adapters train, and no base. After training, `save_pretrained` saves the adapter.
 
     Args:
         model: The model.
@@ -56,6 +59,9 @@ class BoneModel(AdaptedModel):
     Attributes:
         model: The model that was given, now adapted.
         peft_config: The configurations by adapter.
+        base_in_state_dict: Whether ``state_dict`` holds the base's own parameters too; true unless
+            it is set otherwise. Without them it is as small as the adapters, and loading it leaves
+            the base's parameters as they are.
 
     Raises:
         ConfigError: A configuration does not fit the model (`find_targets`), a name cannot be, or
