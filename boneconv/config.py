@@ -279,7 +279,8 @@ def _expect_names(name: str, value: Any) -> None:
 def _other_method(peft_type: object) -> str | None:
     if peft_type is None:
         return "The file needs the fields that PEFT 0.14 to 0.18 write for Bone"
-    return f"Merge {peft_type} adapters with the library that made them"
+    known = isinstance(peft_type, str) and peft_type.isidentifier() and len(peft_type) <= 40
+    return f"Merge {peft_type if known else 'such'} adapters with the library that made them"
 
 
 def _replace_file(path: Path, content: bytes) -> None:

@@ -93,13 +93,14 @@ class BoneconvError(Exception):
 
     def _text(self) -> str:
         message = _short(self.message)
-        text = message if self.path is None else f"{self.path}: {message}"
+        text = message if self.path is None else f"{_one_line(self.path)}: {message}"
         if self.expected is not None:
-            text += f"; expected {_short(self.expected)}"
+            text += f"; expected {_one_line(_short(self.expected))}"
         if self.found is not None:
-            text += f"{',' if self.expected is not None else ';'} found {_short(self.found)}"
+            comma = "," if self.expected is not None else ";"
+            text += f"{comma} found {_one_line(_short(self.found))}"
         if self.hint is not None:
-            text += f". {self.hint}"
+            text += f". {_short(self.hint)}"
         return printable(text)
 
 
@@ -184,6 +185,10 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "\\n")
 
 
 def _short(text: str) -> str:

@@ -1,4 +1,7 @@
-"""JSON that comes from strangers: size caps, no duplicate keys, no NaN, no bottomless nesting."""
+"""JSON that comes from strangers: no duplicate keys, nothing that parsers disagree about.
+
+Size, nesting and numbers are bounded, so that whoever works on the values need not be on guard.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,16 @@ from typing import Any, NoReturn
 
 from boneconv.errors import FormatError, MissingPathError, printable
 
-__all__ = ["MAX_BYTES", "parse_object", "read_object"]
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "parse_object", "read_object"]
 
 #: The largest configuration or index file that is read: a 2 TB checkpoint's index is below 1 MB.
 MAX_BYTES = 64 * 1024 * 1024
+
+#: How deep objects and lists may be nested: far below where recursion ends, wherever it starts.
+MAX_DEPTH = 128
+
+#: No float64 has more digits before its point.
+_LONGEST_INTEGER = 310
 
 
 def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -23,7 +32,8 @@ def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     Raises:
         MissingPathError: There is no such file.
         FormatError: The file is too large, is not UTF-8 or is not one JSON object, repeats a key,
-            or holds NaN, infinity or half a surrogate pair.
+            is nested too deeply, or holds NaN, infinity, a number beyond float64 or half a
+            surrogate pair.
     """
     try:
         size = path.stat().st_size
@@ -47,7 +57,9 @@ def parse_object(text: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
             object_pairs_hook=_unique_keys,
             parse_constant=_no_constant,
             parse_float=_finite,
+            parse_int=_integer,
         )
+        _refuse_nesting(value)
         if b"\\u" in text:
             _refuse_lone_surrogates(value)
     except UnicodeDecodeError as error:
@@ -76,6 +88,26 @@ def _finite(number: str) -> float:
     if math.isinf(value):
         raise ValueError(f"{number[:40]} is beyond the largest number")
     return value
+
+
+def _integer(number: str) -> int:
+    if len(number) > _LONGEST_INTEGER or math.isinf(float(number)):
+        raise ValueError(f"{number[:40]} is beyond the largest number")
+    return int(number)
+
+
+def _refuse_nesting(value: Any) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise RecursionError
 
 
 def _refuse_lone_surrogates(value: Any) -> None:

@@ -60,7 +60,7 @@ def external_range(tensor: TensorProto, graph: Path, nbytes: int, sizes: dict[Pa
     offset = _number(entries, "offset", 0, tensor.name, graph)
     length = _number(entries, "length", nbytes, tensor.name, graph)
     if path not in sizes:
-        if not path.is_file():
+        if not _is_file(path, graph, location):
             raise MissingPathError(
                 f"the graph's weights are missing: it names {listing([location])}",
                 path=path,
@@ -85,6 +85,17 @@ def external_range(tensor: TensorProto, graph: Path, nbytes: int, sizes: dict[Pa
     return Range(location, path, offset, length)
 
 
+def _is_file(path: Path, graph: Path, location: str) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise FormatError(
+            f"the graph's weights have a name that cannot be looked up: {listing([location])}",
+            path=graph,
+            found=error.strerror,
+        ) from error
+
+
 def resolve_location(graph: Path, location: str) -> Path:
     """The file that a graph means by a location, links followed; raises FormatError."""
     pure = PurePosixPath(location)
@@ -98,6 +109,12 @@ def resolve_location(graph: Path, location: str) -> Path:
     ):
         raise FormatError(
             f"the graph's weights lie outside its folder: {listing([location])}",
+            path=graph,
+            hint=_HINT,
+        )
+    if any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 for c in location):
+        raise FormatError(
+            f"the graph's weights have a name with control characters: {listing([location])}",
             path=graph,
             hint=_HINT,
         )

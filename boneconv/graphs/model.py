@@ -40,6 +40,10 @@ _BITS = {
 }
 
 
+#: numpy's limits: dimensions, and bytes of elements that have up to sixteen of them.
+_MOST_DIMENSIONS, _MOST_ELEMENTS = 64, 2**59
+
+
 @dataclass(frozen=True)
 class Use:
     """A node that reads a value.
@@ -166,7 +170,25 @@ def _parse(path: Path) -> ModelProto:
         ) from error
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.initializer):
         raise FormatError("not an ONNX graph: it has no nodes", path=path)
+    if not all(isinstance(text, str) for text in _texts(proto)):
+        raise FormatError("the graph holds a name that is not UTF-8", path=path)
     return proto
+
+
+def _texts(proto: ModelProto) -> Iterator[object]:
+    """The names in a graph; what is no UTF-8, protobuf gives as bytes."""
+    nodes = [
+        *_nodes(proto.graph),
+        *(node for function in proto.functions for node in function.node),
+    ]
+    for node in nodes:
+        yield from (node.op_type, node.domain, node.name, *node.input, *node.output)
+        yield from (text for entry in node.metadata_props for text in (entry.key, entry.value))
+    for graph in _graphs(proto.graph):
+        yield from (value.name for value in (*graph.input, *graph.output))
+    for name, tensor in _tensors(proto):
+        yield from (name, tensor.name)
+        yield from (text for entry in tensor.external_data for text in (entry.key, entry.value))
 
 
 def _cut_file(path: Path) -> bytes:
@@ -216,8 +238,8 @@ def _locate(
 ) -> Initializer | None:
     """Where a tensor's values lie; None for one that is no float weight with a name."""
     shape = tuple(int(size) for size in tensor.dims)
-    if any(size < 0 for size in shape):
-        raise FormatError(f"{name!r} has a malformed shape", path=path, found=list(shape))
+    if not _is_shape(shape):
+        raise FormatError(f"{name!r} has a malformed shape", path=path, found=list(shape[:8]))
     dtype = _DTYPES.get(tensor.data_type)
     if tensor.data_location == tensor.EXTERNAL:
         bits = _BITS.get(tensor.data_type)
@@ -233,6 +255,13 @@ def _locate(
     if dtype is None or not name:
         return None
     return _inline(name, dtype, shape, tensor, path)
+
+
+def _is_shape(shape: tuple[int, ...]) -> bool:
+    """Whether an array can have it: the sizes that are not zero have a product that numpy holds."""
+    if len(shape) > _MOST_DIMENSIONS or any(size < 0 for size in shape):
+        return False
+    return math.prod(filter(None, shape)) < _MOST_ELEMENTS
 
 
 def _inline(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from boneconv.strict_json import read_object
@@ -9,6 +10,9 @@ from boneconv.strict_json import read_object
 __all__ = ["MODEL_INDEX", "read_components"]
 
 MODEL_INDEX = "model_index.json"
+
+#: A folder's name has no more bytes on common file systems.
+_LONGEST_NAME = 255
 
 
 def read_components(folder: Path) -> tuple[str, ...] | None:
@@ -31,5 +35,6 @@ def read_components(folder: Path) -> tuple[str, ...] | None:
             and len(value) == 2
             and all(isinstance(part, str) for part in value)
             and name.isidentifier()
+            and len(os.fsencode(name)) <= _LONGEST_NAME
         )
     )

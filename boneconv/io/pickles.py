@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from boneconv.dtypes import BF16
 from boneconv.errors import FormatError, MissingPathError, listing
+from boneconv.io.archive_check import check_archive
 from boneconv.io.safetensors import ArrayTensor
 
 __all__ = ["load_mapped", "read_torch_file", "to_numpy"]
@@ -41,6 +42,7 @@ def load_mapped(path: Path) -> Mapping[Any, Any]:
 
     if not path.is_file():
         raise MissingPathError("no such file", path=path)
+    check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -49,12 +51,14 @@ def load_mapped(path: Path) -> Mapping[Any, Any]:
             path=path,
             hint="Save it as safetensors with the library that made it",
         ) from error
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
+    except Exception as error:
         raise FormatError(
             "not a torch file, or a damaged one", path=path, hint="Download or copy it again"
         ) from error
     if not isinstance(content, Mapping):
         raise FormatError("holds no state dict", path=path, found=type(content).__name__)
+    if not all(isinstance(name, str) for name in content):
+        raise FormatError("holds no state dict: a name is no text", path=path)
     return content
 
 

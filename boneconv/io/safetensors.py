@@ -8,8 +8,10 @@ tensors' bytes without gaps or overlaps up to the end of the file.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from boneconv.dtypes import FLOATS, SIZES, name_of
-from boneconv.errors import FormatError, listing
+from boneconv.errors import FormatError, MachineError, listing
 from boneconv.io.files import Reader
 from boneconv.strict_json import parse_object
 
@@ -63,8 +65,18 @@ class StoredTensor:
     nbytes: int
 
     def read(self) -> NDArray[Any]:
-        """The tensor as an array of its own (float dtypes only)."""
-        array: NDArray[Any] = np.empty(self.shape, FLOATS[self.dtype])
+        """The tensor as an array of its own (float dtypes only).
+
+        Raises:
+            FormatError: It has more dimensions, or larger ones beside a zero, than arrays can have;
+                or the file ends too early.
+        """
+        try:
+            array: NDArray[Any] = np.empty(self.shape, FLOATS[self.dtype])
+        except ValueError as error:
+            raise FormatError(
+                f"{self.name!r} has a shape that no array can have", path=self.path
+            ) from error
         with Reader(self.path) as reader:
             reader.read_into(byte_view(array), self.offset)
         return array
@@ -137,8 +149,7 @@ def read_header(path: Path) -> SafetensorsFile:
         FormatError: The file breaks a rule of the safetensors format.
         MissingPathError: There is no such file.
     """
-    if path.exists() and not path.is_file():
-        raise FormatError("not a regular file", path=path)
+    _check_regular(path)
     with Reader(path) as reader:
         size = path.stat().st_size
         if size < 8:
@@ -162,6 +173,21 @@ def read_header(path: Path) -> SafetensorsFile:
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_ranges(path, tensors, 8 + length, size)
     return SafetensorsFile(path, {t.name: t for t in tensors}, metadata, 8 + length)
+
+
+def _check_regular(path: Path) -> None:
+    """Raises FormatError for what is there and no file, and for a name that no file can have."""
+    if "\0" in os.fspath(path):
+        raise FormatError("not a name that a file can have", path=path)
+    try:
+        irregular = path.exists() and not path.is_file()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise MachineError(f"{error.strerror or error}", path=path) from error
+        name = f"{os.fspath(path)[:80]}..."
+        raise FormatError("a name that is longer than a file's can be", path=name) from error
+    if irregular:
+        raise FormatError("not a regular file", path=path)
 
 
 def write_tensors(

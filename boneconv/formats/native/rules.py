@@ -20,6 +20,7 @@ from boneconv.errors import (
     NonFiniteError,
     NotABoneAdapterError,
     ShapeError,
+    printable,
 )
 
 __all__ = ["RULES", "Rule", "StageFailed", "Violation", "fail_on", "first_error"]
@@ -149,8 +150,8 @@ class Violation:
         found: object = None,
         hint: str | None = None,
     ) -> Violation:
-        """A violation whose expected and found may be anything that prints."""
-        texts = [None if value is None else str(value) for value in (expected, found)]
+        """A violation whose expected and found may be anything that prints, on one line."""
+        texts = [None if value is None else _one_line(str(value)) for value in (expected, found)]
         return cls(rule, message, os.fspath(path), texts[0], texts[1], hint)
 
     def error(self) -> InputError:
@@ -162,6 +163,10 @@ class Violation:
             found=self.found,
             hint=self.hint,
         )
+
+
+def _one_line(text: str) -> str:
+    return printable(text).replace("\n", "\\n")
 
 
 class StageFailed(Exception):  # noqa: N818 - it never leaves boneconv.formats and its callers
