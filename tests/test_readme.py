@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.onnx.patch_cases import make_case
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -22,6 +24,7 @@ RUN = (
     "Undo a merge",
     "Verify a merge",
     "In a pipeline",
+    "Export to ONNX",
     "Convert an adapter",
 )
 FOLDERS = ("base", "restored")
@@ -106,6 +109,36 @@ def test_the_python_example_works_as_pasted(tmp_path: Path) -> None:
     (example,) = blocks("python", "From Python")
     (tmp_path / "example.py").write_text(example, encoding="utf-8")
     assert run_shell("python example.py", tmp_path).startswith("3 weights merged")
+
+
+def test_a_graph_is_patched_as_pasted(tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+    assert (case.base.name, case.adapter.name, case.graph.parent.name) == (
+        "base",
+        "adapter",
+        "graph",
+    )
+    patch, _ = blocks("sh", "Export to ONNX")
+    assert "patched" in run_shell(patch, tmp_path)
+
+
+def test_training_and_exporting_work_as_pasted(tmp_path: Path) -> None:
+    """One after the other: the second takes what the first leaves."""
+    (train,) = blocks("python", "Train an adapter")
+    _, export = blocks("sh", "Export to ONNX")
+    (serve,) = blocks("python", "Export to ONNX")
+    (tmp_path / "train.py").write_text(train, encoding="utf-8")
+    (tmp_path / "serve.py").write_text(serve, encoding="utf-8")
+    run_shell("python train.py", tmp_path)
+    run_shell(export, tmp_path)
+    moved = float(run_shell("python serve.py", tmp_path).split()[-1])
+    assert moved > 1e-3
+
+
+def test_every_python_block_is_run_by_a_test() -> None:
+    shown = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    sections = ("Train an adapter", "Export to ONNX", "From Python")
+    assert sorted(shown) == sorted(block for s in sections for block in blocks("python", s))
 
 
 @pytest.mark.slow
