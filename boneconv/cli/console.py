@@ -26,6 +26,7 @@ class Bar:
         """Begins with the number of bytes to come."""
         if self._disable:
             return
+        self.close()
         from tqdm import tqdm
 
         tqdm.monitor_interval = 0  # no thread of its own: the workers are forked

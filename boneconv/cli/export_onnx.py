@@ -70,6 +70,20 @@ __all__ = ["command"]
     is_flag=True,
     help="Go on where the adapter's fingerprint names another base.",
 )
+@click.option(
+    "--verify",
+    "verified",
+    is_flag=True,
+    help="Before OUT appears, compare the graph's answers with those of BASE and ADAPTER in "
+    "float64. Takes torch, transformers and ONNX Runtime.",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Prompts for --verify, one a line, or a JSON list in a .json file.  [default: a small "
+    "built-in set]",
+)
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress and no remarks.")
@@ -87,6 +101,8 @@ def command(
     bat_activation: bool,
     workers: int | None,
     allow_base_mismatch: bool,
+    verified: bool,
+    prompts: Path | None,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -100,8 +116,22 @@ def command(
 
     Example: boneconv export-onnx ./SmolLM2-135M ./my-bone-adapter ./out --graph base.onnx
     """
+    from boneconv.errors import UsageError
     from boneconv.onnx import export_onnx
 
+    check = None
+    if verified:
+        from boneconv.behaviour.loading import require_libraries
+        from boneconv.behaviour.prompts import read_prompts
+        from boneconv.cli.verified import GraphCheck
+
+        require_libraries("onnxruntime")
+        read_prompts(prompts)
+        check = GraphCheck(
+            base, (adapter, *more), prompts=prompts, apart=runtime_adapters, quiet=quiet
+        )
+    elif prompts is not None:
+        raise UsageError("prompts are for comparing answers", hint="Add --verify")
     bar = Bar("exporting", quiet=quiet)
     try:
         result = export_onnx(
@@ -117,6 +147,7 @@ def command(
             runtime_adapters=runtime_adapters,
             bat_activation=bat_activation,
             workers=workers,
+            check=check,
             allow_base_mismatch=allow_base_mismatch,
             force=force,
             progress=bar,
@@ -125,7 +156,8 @@ def command(
     finally:
         bar.close()
     if as_json:
-        echo_json(_as_json(result))
+        found = {} if check is None else {"verified": check.verdicts}
+        echo_json(_as_json(result) | found)
     else:
         click.echo(_as_text(result))
 

@@ -13,7 +13,7 @@ from boneconv.cli.console import Bar, note
 if TYPE_CHECKING:
     from boneconv.verification import Report
 
-__all__ = ["MergeCheck"]
+__all__ = ["GraphCheck", "MergeCheck"]
 
 #: The adapters of an output: with None, or with each component of a pipeline that has some.
 Adapters = Sequence[tuple[str | None, Sequence[str]]]
@@ -100,3 +100,83 @@ class MergeCheck:
             )
         finally:
             bar.close()
+
+
+class GraphCheck:
+    """Is called with an exported graph when it is complete; one that answers otherwise raises.
+
+    Attributes:
+        verdicts: What was found, a sentence for each comparison.
+    """
+
+    def __init__(
+        self, base: str, adapters: Sequence[str], *, prompts: Path | None, apart: bool, quiet: bool
+    ) -> None:
+        """Prepares to compare.
+
+        Args:
+            base: The export's base.
+            adapters: Its adapters, in order.
+            prompts: A file of prompts; None for the built-in ones.
+            apart: Whether the adapters lie beside the graph, each a file of its own.
+            quiet: Whether to show neither progress nor remarks.
+        """
+        self.verdicts: list[str] = []
+        self._base, self._adapters = base, tuple(adapters)
+        self._prompts, self._apart, self._quiet = prompts, apart, quiet
+
+    def __call__(self, place: Path) -> None:
+        """Compares the graph's answers with those of base and adapters.
+
+        Args:
+            place: Where it lies until it is published.
+
+        Raises:
+            CheckFailedError: They differ, or the comparison proves nothing.
+        """
+        if not self._apart:
+            self._check(place, self._adapters, None)
+            return
+        files = _adapter_files(place, self._adapters)
+        for adapter, file in zip(self._adapters, files, strict=True):
+            self._check(place, (adapter,), file)
+
+    def _check(self, place: Path, adapters: Sequence[str], runtime_adapter: Path | None) -> None:
+        from boneconv.behaviour import measure_behaviour
+        from boneconv.errors import CheckFailedError
+        from boneconv.reporting.behaviour import behaviour_verdict
+        from boneconv.reporting.table import behaviour_lines
+
+        bar = Bar("comparing", quiet=self._quiet)
+        try:
+            report = measure_behaviour(
+                self._base,
+                adapters,
+                place,
+                prompts=self._prompts,
+                kind="onnx",
+                runtime_adapter=runtime_adapter,
+                note=lambda text: note(text, quiet=self._quiet),
+                progress=bar,
+            )
+        finally:
+            bar.close()
+        text = f"{report.status.upper()}: {behaviour_verdict(report)}"
+        text = text if runtime_adapter is None else f"{runtime_adapter.stem}: {text}"
+        self.verdicts.append(text)
+        if not report.passed:
+            click.echo("\n".join(behaviour_lines(report)), err=True)
+            raise CheckFailedError("the graph failed its verification and was not published")
+        note(f"verified: {text}", quiet=self._quiet)
+
+
+def _adapter_files(place: Path, adapters: Sequence[str]) -> list[Path]:
+    """The file of each adapter, which is named as the adapter's folder or file, or its Hub id."""
+    files: list[Path] = []
+    for number, given in enumerate(adapters, 1):
+        path = Path(given).resolve()
+        own = (path.stem if path.is_file() else path.name).partition("@")[0]
+        names = [f"{own}-{number}", own] if number > 1 else [own]
+        found = [place / "adapters" / f"{name}.onnx_adapter" for name in names]
+        files.append(next((f for f in found if f.is_file() and f not in files), found[-1]))
+    return files

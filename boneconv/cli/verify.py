@@ -48,6 +48,19 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "CANDIDATE records it, else what accumulating in float32 may give; peft: also what PEFT's "
     "double rounding gives.",
 )
+@click.option(
+    "--logits",
+    is_flag=True,
+    help="Compare the answers too, with those of BASE and ADAPTER in float64. Takes torch and "
+    "transformers, and for a graph ONNX Runtime.",
+)
+@click.option(
+    "--prompts",
+    type=_FILE,
+    metavar="FILE",
+    help="Prompts for --logits, one a line, or a JSON list in a .json file.  [default: a small "
+    "built-in set]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--junit", type=_FILE, metavar="FILE", help="Write JUnit XML, a case per tensor.")
 @click.option("--html", type=_FILE, metavar="FILE", help="Write one self-contained page.")
@@ -68,6 +81,8 @@ def command(
     scale: float | None,
     dtype: str | None,
     tolerance: str,
+    logits: bool,
+    prompts: Path | None,
     as_json: bool,
     junit: Path | None,
     html: Path | None,
@@ -89,7 +104,7 @@ def command(
 
     files = {"junit": junit, "html": html, "markdown": markdown}
     places = [path for path in files.values() if path is not None]
-    check_places(places, [base, adapter, *more, candidate])
+    check_places(places, [base, adapter, *more, candidate, *([str(prompts)] if prompts else [])])
     bar = Bar("verifying", quiet=quiet)
     try:
         report = verify(
@@ -100,8 +115,11 @@ def command(
             scale=scale,
             dtype=dtype,
             tolerance=tolerance,
+            logits=logits,
+            prompts=prompts,
             workers=workers,
             progress=bar,
+            note=lambda text: note(text, quiet=quiet),
         )
     finally:
         bar.close()

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from boneconv import __version__
+from boneconv.reporting.behaviour import HEAD, behaviour_facts, behaviour_rows
 from boneconv.reporting.heat_map import HeatMap, heat_map, short, shown_tensors
 from boneconv.reporting.summary import (
     ADAPTED,
@@ -68,8 +70,21 @@ def verify_html(report: Report) -> str:
             tensors=worst_first(report.tensors),
             adapted=ADAPTED,
             figures=list(_figures(report)),
+            answers=_answers(report),
+            answers_head=HEAD,
         )
     )
+
+
+def _answers(report: Report) -> dict[str, Any] | None:
+    """The comparison of answers: facts and rows; None where there was none."""
+    if report.behaviour is None:
+        return None
+    return {
+        "status": str(report.behaviour.status),
+        "facts": behaviour_facts(report.behaviour),
+        "rows": behaviour_rows(report.behaviour),
+    }
 
 
 def _figures(report: Report) -> Iterator[tuple[str, str, str]]:
@@ -87,6 +102,8 @@ def _figures(report: Report) -> Iterator[tuple[str, str, str]]:
     if totals.update_norm is not None:
         title = "Control: size of the update"
         yield title, f"{number(100 * totals.update_norm)} %", "of the weights' norm"
+    for each in report.behaviour.deciding if report.behaviour is not None else ():
+        yield f"Error of answers, {each.name}", number(each.rms_ratio), "times float32's own"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from junitparser import Failure, JUnitXml, TestCase, TestSuite
 
 from boneconv import __version__
+from boneconv.behaviour.report import BehaviourReport
+from boneconv.reporting.behaviour import behaviour_facts, behaviour_verdict
 from boneconv.reporting.summary import errors, headline
 from boneconv.reporting.text import cosine, number, percent, plain, shape
 from boneconv.verification.report import FileReport, Report, Status, TensorReport
@@ -15,12 +17,14 @@ __all__ = ["verify_junit"]
 
 
 def verify_junit(report: Report) -> str:
-    """The XML: the suites ``weights``, ``files`` and ``findings``; totals are properties."""
-    suites = (
+    """The XML: a suite for weights, files, findings, behaviour; totals are properties."""
+    suites = [
         ("weights", [_tensor(tensor) for tensor in report.tensors]),
         ("files", [_file(file) for file in report.files]),
         ("findings", list(_findings(report))),
-    )
+    ]
+    if report.behaviour is not None:
+        suites.append(("behaviour", list(_behaviour(report.behaviour))))
     xml = JUnitXml("boneconv verify")
     for name, cases in suites:
         suite = TestSuite(name)
@@ -55,7 +59,7 @@ def _case(name: str, group: str, failure: str | None, detail: str, code: str | N
     case = TestCase(plain(name), classname=f"boneconv.{group}")
     if failure is not None:
         result = Failure(plain(failure), code or "mismatch")
-        result.text = plain(detail)
+        result.text = "\n".join(map(plain, detail.split("\n")))
         case.result = [result]
     return case
 
@@ -83,6 +87,20 @@ def _file(file: FileReport) -> TestCase:
     failed = file.status is Status.FAIL
     reason = (file.reason or "not what it should be") if failed else None
     return _case(file.name, "files", reason, "", None)
+
+
+def _behaviour(report: BehaviourReport) -> Iterator[TestCase]:
+    """A case for the whole, and one for each kind of inputs that counts."""
+    detail = "\n".join(f"{title}: {text}" for title, text in behaviour_facts(report))
+    failure = None if report.passed else behaviour_verdict(report)
+    yield _case(report.output, "behaviour", failure, detail, str(report.status))
+    for each in report.deciding if report.rms_limit is not None else ():
+        message = (
+            f"RMS error {number(each.rms_ratio)} times float32's, "
+            f"largest error {number(each.max_ratio)} times"
+        )
+        name = f"{report.output} on {each.name}"
+        yield _case(name, "behaviour", None if each.passed else message, "", "behaviour-differs")
 
 
 def _findings(report: Report) -> Iterator[TestCase]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from boneconv import __version__
+from boneconv.reporting.behaviour import HEAD, behaviour_facts, behaviour_rows
 from boneconv.reporting.summary import (
     RULES,
     by_kind,
@@ -88,6 +89,15 @@ def _files(report: Report, rows: int) -> str:
     return "\n".join(lines + _rest(len(files) - len(lines)))
 
 
+def _behaviour(report: Report, rows: int) -> str:
+    if report.behaviour is None:
+        return ""
+    facts = [(title, _escaped(text)) for title, text in behaviour_facts(report.behaviour)]
+    table = _table(("answers", ""), facts)
+    found = [[_escaped(cell) for cell in row] for row in behaviour_rows(report.behaviour)]
+    return f"{table}\n\n{_table(HEAD, found)}" if found else table
+
+
 def _worst(report: Report, rows: int) -> str:
     failed = worst_first(report.failures)
     if not failed or not rows:
@@ -141,6 +151,7 @@ _SECTIONS: tuple[Callable[[Report, int], str], ...] = (
     _findings,
     _failures,
     _files,
+    _behaviour,
     _worst,
     _kinds,
     _footer,

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from boneconv.reporting.behaviour import behaviour_verdict
 from boneconv.reporting.text import count, number, percent
 from boneconv.verification.report import (
     CandidateKind,
@@ -96,8 +97,18 @@ def headline(report: Report) -> str:
 
 def verdict(report: Report) -> str:
     """The sentence after PASS or FAIL."""
-    if not report.passed:
+    if not report.weights_passed:
         return _failure(report)
+    if report.behaviour is None:
+        return _success(report)
+    answers = behaviour_verdict(report.behaviour)
+    if report.behaviour.passed:
+        return f"{_success(report)}; {answers}"
+    return f"the weights agree, but not the answers: {answers}"
+
+
+def _success(report: Report) -> str:
+    """Of weights and files that are as they should be."""
     totals = report.totals
     adapted = [tensor for tensor in report.tensors if tensor.action in ADAPTED]
     others = totals.tensors - len(adapted)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from boneconv.behaviour.report import BehaviourReport
+from boneconv.reporting.behaviour import HEAD, behaviour_facts, behaviour_rows
 from boneconv.reporting.summary import (
     RULES,
     Group,
@@ -20,7 +22,7 @@ from boneconv.reporting.summary import (
 from boneconv.reporting.text import columns, count, number, percent, plain
 from boneconv.verification.report import Report, TensorReport
 
-__all__ = ["verify_table"]
+__all__ = ["behaviour_lines", "verify_table"]
 
 _SHOWN_GROUPS = 12
 _SHOWN_NAMES = 4
@@ -42,9 +44,21 @@ def verify_table(report: Report, *, verbose: bool = False) -> str:
         _findings(report),
         _failures(failure_groups(report)),
         _files(report),
+        behaviour_lines(report.behaviour) if report.behaviour is not None else [],
         tensors,
     )
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def behaviour_lines(report: BehaviourReport) -> list[str]:
+    """A comparison of answers as lines of text."""
+    facts = behaviour_facts(report)
+    lines = [plain(f"{title:<11}{text}") for title, text in facts]
+    lines[0] = plain(f"{'answers':<11}{report.status}")
+    rows = behaviour_rows(report)
+    if rows:
+        lines += ["", *columns([HEAD, *rows], right=frozenset(range(1, len(HEAD))))]
+    return lines
 
 
 def _facts(report: Report) -> list[str]:

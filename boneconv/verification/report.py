@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from boneconv.behaviour.report import BehaviourReport
 
 __all__ = [
     "CandidateKind",
@@ -198,6 +202,7 @@ class Report:
         files: Every file beside the weights that is checked.
         findings: Diagnoses of the whole and assumptions, errors first.
         totals: Sums over the tensors.
+        behaviour: The comparison of answers; None where it was not asked for.
     """
 
     base: str
@@ -212,10 +217,16 @@ class Report:
     files: tuple[FileReport, ...]
     findings: tuple[Finding, ...]
     totals: Totals
+    behaviour: BehaviourReport | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether the candidate is what base and adapters mean."""
+        """Whether the candidate is what base and adapters mean, its answers too if compared."""
+        return self.weights_passed and (self.behaviour is None or self.behaviour.passed)
+
+    @property
+    def weights_passed(self) -> bool:
+        """Whether its weights and files are what base and adapters mean."""
         return (
             all(tensor.status is Status.PASS for tensor in self.tensors)
             and all(file.status is Status.PASS for file in self.files)

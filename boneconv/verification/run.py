@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,8 +44,11 @@ def verify(
     scale: float | None = None,
     dtype: str | None = None,
     tolerance: str = "default",
+    logits: bool = False,
+    prompts: PathLike | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Report:
     """Recomputes what a candidate should be and compares every tensor and file.
 
@@ -65,18 +68,84 @@ def verify(
         tolerance: ``default``: what a merge that accumulates in float32 may give; ``canonical``:
             every byte; ``peft``: also what PEFT's double rounding gives. A candidate whose record
             says that it is canonical is held to every byte.
+        logits: Whether to compare the candidate's answers too (`boneconv.behaviour`). It takes
+            torch, transformers and the memory of the model in float64.
+        prompts: A file of prompts to compare answers on: one a line, or a list in a ``.json`` file.
         workers: Workers that compute; by default one for each usable core.
         progress: Is told how far it is.
+        note: Is told the memory that comparing answers takes, before it does.
 
     Returns:
         The report; its findings say what was assumed.
 
     Raises:
         UsageError: The options do not go together.
+        MissingExtraError: Answers were asked for, and a library for them is not installed.
         InputError: One of its kinds, for every fault of base and adapters, and for a candidate that
             is nothing that can be verified.
         MachineError: Reading failed.
     """
+    _check_logits(logits, prompts, component is not None or bool(components))
+    report = _verify_weights(
+        base,
+        adapter,
+        candidate,
+        more=more,
+        component=component,
+        components=components,
+        scale=scale,
+        dtype=dtype,
+        tolerance=tolerance,
+        workers=workers,
+        progress=progress,
+    )
+    if not logits:
+        return report
+    from boneconv.behaviour import measure_behaviour
+
+    behaviour = measure_behaviour(
+        base,
+        (adapter, *more),
+        candidate,
+        prompts=prompts,
+        scale=report.scale,
+        tolerance_rule=report.tolerance,
+        note=note,
+        progress=progress,
+    )
+    return replace(report, behaviour=behaviour)
+
+
+def _check_logits(logits: bool, prompts: PathLike | None, pipeline: bool) -> None:
+    """Raises before any work is done."""
+    if prompts is not None and not logits:
+        raise UsageError("prompts are for comparing logits", hint="Add --logits")
+    if not logits:
+        return
+    if pipeline:
+        raise UsageError("logits of a diffusers pipeline cannot be compared")
+    from boneconv.behaviour.loading import require_libraries
+    from boneconv.behaviour.prompts import read_prompts
+
+    require_libraries()
+    read_prompts(None if prompts is None else Path(prompts))
+
+
+def _verify_weights(
+    base: PathLike,
+    adapter: PathLike,
+    candidate: PathLike,
+    *,
+    more: Sequence[PathLike],
+    component: str | None,
+    components: Components | None,
+    scale: float | None,
+    dtype: str | None,
+    tolerance: str,
+    workers: int | None,
+    progress: Progress | None,
+) -> Report:
+    """`verify` without the answers."""
     source = locate(base, wanted_of(component))
     place = Path(candidate)
     if component is not None or components:
