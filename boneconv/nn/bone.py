@@ -61,7 +61,8 @@ def add_term(y: Tensor, term: Tensor, block: Tensor | None, *, own: bool) -> Ten
             return y
     change = term
     if block is not None:
-        change = term.to(torch.promote_types(term.dtype, block.dtype)) @ block
+        wide = torch.promote_types(term.dtype, block.dtype)
+        change = term.to(wide) @ block.to(wide)
     if change.shape[-1] != y.shape[-1]:
         times = y.shape[-1] // change.shape[-1]
         grid = y.reshape(*y.shape[:-1], times, change.shape[-1])

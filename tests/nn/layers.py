@@ -52,7 +52,7 @@ def plain_weight(layer: BoneLinear, names: tuple[str, ...] | None = None) -> Ten
     """W'' by the definition: tile by tile, differentiable, in the widest dtype."""
     weight = layer.weight.flatten(1)
     for update in layer.updates(names):
-        block = update.block
+        block = update.block.to(weight.dtype)
         r = update.rank
         if update.is_bat:
             rows = []

@@ -534,6 +534,24 @@ def test_repr_names_the_adapters() -> None:
     assert "a0=bone, a1=bat, active=['a0', 'a1'], merged=[]" in repr(adapted("bone", "bat"))
 
 
+@pytest.mark.parametrize("kind", ["bone", "mini", "bat", "bat in"])
+@pytest.mark.parametrize("width", [torch.float32, torch.bfloat16], ids=str)
+def test_a_block_may_be_narrower_than_the_weight(kind: str, width: torch.dtype) -> None:
+    layer = adapted(dtype=torch.float64)
+    add(layer, "n", kind, dtype=width)
+    layer.set_adapter("n")
+    x = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    expected = F.linear(x, plain_weight(layer), layer.bias)
+    torch.testing.assert_close(y, expected)
+    grads = torch.autograd.grad(y.sum(), [x, layer.bone_block["n"]])
+    wanted = torch.autograd.grad(expected.sum(), [x, layer.bone_block["n"]])
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+
+
 # PEFT as the oracle
 
 
