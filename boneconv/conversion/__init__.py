@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from secrets import token_hex
 
 from boneconv.adapter import Adapter
 from boneconv.conversion.base import AdaptedWeights, adapted_weights, check_fingerprint
@@ -119,8 +118,9 @@ def convert(
     if options.to is Target.NATIVE:
         to_native(loaded, target, base, force=force)
         return ConvertResult(target, options.to, None, _rank(loaded), _exact(loaded), ())
-    with Staging(target, key=token_hex(), is_file=is_file, force=force) as staging:
-        work = _Work(loaded, source, options, target, staging.target)
+    record = target.with_name(f"{target.name}.{RECORD_NAME}") if is_file else None
+    with Staging(target, key="", is_file=is_file, force=force, beside=record) as staging:
+        work = _Work(loaded, source, options, target, staging)
         if options.to is Target.PEFT_LORA:
             result = work.lora(adapted_weights(loaded, base), progress)
         else:
@@ -131,13 +131,18 @@ def convert(
 
 @dataclass(frozen=True)
 class _Work:
-    """One conversion, written to ``place`` and bound for ``out``."""
+    """One conversion, written to the place of work of ``out``."""
 
     adapter: Adapter
     source: Source
     options: Options
     out: Path
-    place: Path
+    staging: Staging
+
+    @property
+    def place(self) -> Path:
+        """Where the adapter is written."""
+        return self.staging.target
 
     def copy(self) -> ConvertResult:
         """Writes the same tensors in another format."""
@@ -194,7 +199,8 @@ class _Work:
         if self.place.is_dir():
             written, record = self.place / RECORD_NAME, self.out / RECORD_NAME
         else:
-            written = record = self.out.with_name(f"{self.out.name}.{RECORD_NAME}")
+            written = self.staging.beside
+            record = self.out.with_name(f"{self.out.name}.{RECORD_NAME}")
         with machine_errors(written):
             written.write_bytes(content)
         return ConvertResult(self.out, self.options.to, record, rank, modules, tuple(notes))

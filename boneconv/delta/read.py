@@ -97,7 +97,7 @@ def open_delta(path: Path) -> DeltaFile:
             "a delta file of another version",
             path=path,
             expected=f"version {VERSION}",
-            found=found[1],
+            found=repr(found[1]),
             hint="Use a newer boneconv",
         )
     return DeltaFile(path, Document.parse(_read(file.tensors[DOCUMENT]), path), file)

@@ -1,4 +1,4 @@
-"""Writing a delta file beside a merge, before the merge is published.
+"""Writing a delta file beside a merge; the two are published together.
 
 The merged checkpoint is read once more, with the base; corrections are computed in pieces by
 several workers and laid out in the order of the base, so that the same merge gives the same file.
@@ -6,7 +6,6 @@ several workers and laid out in the order of the base, so that the same merge gi
 
 from __future__ import annotations
 
-import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from boneconv.io.checkpoint import Checkpoint
 from boneconv.io.files import Reader, Writer, machine_errors
 from boneconv.io.pth import PTH_SUFFIXES
 from boneconv.io.safetensors import StoredTensor, layout
-from boneconv.io.staging import Staging
+from boneconv.io.staging import SPOOL, Staging
 
 __all__ = ["check_delta_base", "delta_work", "write_delta"]
 
@@ -52,43 +51,32 @@ def delta_work(base: Checkpoint, plan: Plan) -> int:
 
 
 def write_delta(
-    file: Path,
+    staging: Staging,
     job: DeltaJob,
     merged: Path,
     digests: ShardDigests,
     *,
     workers: int,
-    force: bool,
     advance: Callable[[int], None] = lambda nbytes: None,
-) -> int:
-    """Writes a delta file; it appears whole or not at all.
+) -> None:
+    """Writes a delta file in its place of work, from which the caller publishes it.
 
     Args:
-        file: Where.
+        staging: The place of work.
         job: What was merged.
         merged: The complete output of the merge.
         digests: The digests of its tensors.
         workers: How many workers compute.
-        force: Whether to replace an existing file.
         advance: Is told of how many bytes of the base the corrections are done.
 
-    Returns:
-        The file's size in bytes.
-
     Raises:
-        OutputExistsError, LockedError, MachineError: The file cannot be written.
+        DiskFullError, MachineError: The file cannot be written.
     """
     subjects = subjects_of(job, merged)
-    with (
-        Staging(file, key="delta", is_file=True, force=force) as staging,
-        machine_errors(file),
-        tempfile.TemporaryFile(dir=staging.root) as spool,
-    ):
+    with machine_errors(staging.out), (staging.root / SPOOL).open("w+b") as spool:
         places = _compute(subjects, spool, workers, advance)
         document = describe(job, subjects, digests)
-        size = _assemble(staging.target, job, document, subjects, places, spool)
-        staging.publish()
-    return size
+        _assemble(staging.target, job, document, subjects, places, spool)
 
 
 Places = Mapping[str, Sequence[tuple[int, int]]]
@@ -129,7 +117,7 @@ def _assemble(
     subjects: Mapping[str, Subject],
     places: Places,
     spool: BinaryIO,
-) -> int:
+) -> None:
     """Lays out the file and writes it."""
     texts = {DOCUMENT: document.encode()}
     texts |= {HEAD + name: read_head(shard.path) for name, shard in job.base.shards.items()}
@@ -153,7 +141,6 @@ def _assemble(
         for name in kept:
             _write_stored(writer, offsets[STORED + name], job.base.tensors[name])
         writer.sync()
-    return size
 
 
 def _table(places: Sequence[tuple[int, int]]) -> list[int]:

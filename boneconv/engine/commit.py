@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import blake3
 
@@ -17,15 +17,31 @@ from boneconv.digest import stored_digest
 from boneconv.engine.plan import Plan, PlannedShard
 from boneconv.engine.remote import stream_on
 from boneconv.engine.stream import ShardDigests, TensorDigests, stream
-from boneconv.errors import BoneconvError
+from boneconv.errors import BoneconvError, OutputExistsError
 from boneconv.io.files import Reader, machine_errors
 from boneconv.io.safetensors import read_header
-from boneconv.io.staging import Staging, check_free, nearest_folder, require_space
+from boneconv.io.staging import (
+    Staging,
+    check_all_free,
+    check_free,
+    nearest_folder,
+    require_space,
+)
 
 __all__ = ["Run", "carry_out", "carry_out_all"]
 
 Record = Callable[[ShardDigests], bytes]
 BeforePublish = Callable[[Path, ShardDigests], None]
+
+
+class Companion(Protocol):
+    """A file of its own that is published right before an output."""
+
+    def open(self, key: str) -> Staging:
+        """Opens its place of work, before anything is written; the key is that of the run."""
+
+    def write(self, staging: Staging, made: Path, digests: ShardDigests) -> None:
+        """Writes it; is given the complete output in its place of work, and the digests."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,7 @@ class Run:
         force: Whether to replace an existing ``out``.
         before_publish: Is given the complete output in its place of work, and the digests; may
             raise to publish nothing.
+        companion: A file of its own that is published with the output.
     """
 
     plan: Plan
@@ -54,6 +71,7 @@ class Run:
     is_file: bool = False
     force: bool = False
     before_publish: BeforePublish | None = None
+    companion: Companion | None = None
 
     @property
     def beside(self) -> Path | None:
@@ -93,6 +111,9 @@ def carry_out_all(
 ) -> list[ShardDigests]:
     """Writes all that the plans hold, and publishes each output when all are complete.
 
+    What an earlier, killed run had published of them is not written again. If an output cannot be
+    published, those before it are withdrawn.
+
     Args:
         runs: The outputs.
         workers: How many workers compute.
@@ -107,6 +128,7 @@ def carry_out_all(
         OutputExistsError, LockedError, DiskFullError, MachineError: An output cannot be written.
         NonFiniteError, FormatError: The input is bad; nothing is left behind.
     """
+    check_all_free([run.out for run in runs], force=all(run.force for run in runs))
     for run in runs:
         check_free(run.out, force=run.force, beside=run.beside)
     for out, nbytes in _needed(runs):
@@ -134,11 +156,22 @@ def carry_out_all(
             )
         else:
             stream_on(executor, shards, path_of, device=device, advance=advance, finished=finished)
-        for output in outputs:
-            output.complete()
-        for output in outputs:
-            output.staging.publish()
+        work = [place for output in outputs for place in output.complete()]
+        _publish_all(work)
     return [output.digests for output in outputs]
+
+
+def _publish_all(work: Sequence[Staging]) -> None:
+    begun: list[Staging] = []
+    try:
+        for staging in work:
+            if not staging.published:
+                begun.append(staging)
+                staging.publish()
+    except BaseException:
+        for staging in reversed(begun):
+            staging.withdraw()
+        raise
 
 
 class _Output:
@@ -146,15 +179,20 @@ class _Output:
 
     def __init__(self, run: Run, stack: ExitStack) -> None:
         self._run = run
+        key = _key(run.plan, run.identity)
+        self._companion: Staging | None = None
+        if run.companion is not None:
+            self._companion = stack.enter_context(run.companion.open(key))
         self.staging = stack.enter_context(
             Staging(
                 run.out,
-                key=_key(run.plan, run.identity),
+                key=key,
                 is_file=run.is_file,
                 force=run.force,
                 beside=run.beside,
             )
         )
+        self._place = run.out if self.staging.published else self.staging.target
         self.digests: ShardDigests = {}
         self.missing: list[PlannedShard] = []
         self.done_bytes = 0
@@ -165,12 +203,18 @@ class _Output:
             else:
                 self._note(shard, found)
                 self.done_bytes += sum(tensor.nbytes for tensor in shard.tensors)
+        if self.staging.published and self.missing:
+            raise OutputExistsError(
+                "the output exists already, and has changed since it was written",
+                path=run.out,
+                hint="Choose another place, or move it away",
+            )
 
     def path_of(self, shard: PlannedShard) -> Path:
         """Where a shard is written; makes its folder."""
         if self._run.is_file:
-            return self.staging.target
-        path = self.staging.target / shard.name
+            return self._place
+        path = self._place / shard.name
         with machine_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -180,16 +224,23 @@ class _Output:
         self._note(shard, found)
         self.staging.record(shard.name, {"tensors": {k: asdict(v) for k, v in found.items()}})
 
-    def complete(self) -> None:
-        """Writes all but the shards."""
+    def complete(self) -> list[Staging]:
+        """Writes all but the shards; what is to be published, in this order."""
         content = self._run.record(self.digests)
-        if self._run.is_file:
+        if self.staging.published:
+            pass
+        elif self._run.is_file:
             _write_file(self.staging.beside, content)
         else:
             _write_folder(self._run.plan, self.staging.target)
             _write_file(self.staging.target / self._run.record_name, content)
         if self._run.before_publish is not None:
-            self._run.before_publish(self.staging.target, self.digests)
+            self._run.before_publish(self._place, self.digests)
+        if self._run.companion is None or self._companion is None:
+            return [self.staging]
+        if not self._companion.published:
+            self._run.companion.write(self._companion, self._place, self.digests)
+        return [self._companion, self.staging]
 
     def _note(self, shard: PlannedShard, found: ShardDigests) -> None:
         self.digests.update({shard.output_name(name): each for name, each in found.items()})

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from boneconv.digest import LEAF, LeafHasher
-from boneconv.dtypes import FLOATS
+from boneconv.dtypes import FLOAT8S, FLOATS
 from boneconv.engine.plan import Action
 from boneconv.engine.segments import Segment
 from boneconv.errors import NonFiniteError
@@ -172,7 +172,7 @@ def _read(
     if isinstance(source, ArrayTensor):
         begin = first * shape[1]
         return source.array.reshape(-1)[begin : begin + shape[0] * shape[1]].reshape(shape)
-    dtype = FLOATS[source.dtype]
+    dtype = FLOATS.get(source.dtype) or FLOAT8S[source.dtype]
     rows = desk.array("rows", shape, dtype)
     offset = source.offset + first * shape[1] * dtype.itemsize
     _required(reader).read_into(byte_view(rows), offset)

@@ -7,7 +7,7 @@ the prediction to within a fifth of what a merge takes.
 from __future__ import annotations
 
 from boneconv.config import Variant
-from boneconv.dtypes import FLOATS
+from boneconv.dtypes import FLOAT8S, FLOATS, SIZES
 from boneconv.engine.plan import Plan, PlannedTensor
 from boneconv.io.safetensors import ArrayTensor
 
@@ -24,6 +24,8 @@ _PRODUCTS = 4_000_000
 #: Elements that are computed at a time, and the kernels' bytes for each.
 _CHUNK = 1 << 17
 _SUM_SCRATCH, _PRODUCT_SCRATCH = 22, 34
+#: A chunk of a float8 weight as float64, and what the general kernel makes of it.
+_DEQUANTISED = (1 << 16) * 8 + (1 << 15) * 160
 
 
 def predict_peak(plan: Plan, workers: int) -> int:
@@ -33,6 +35,7 @@ def predict_peak(plan: Plan, workers: int) -> int:
     of the weight it is at, as stored and as the kernel prepares them.
     """
     merged = [_merge_bytes(tensor) for tensor in plan.tensors if tensor.updates]
+    merged += [_DEQUANTISED for tensor in plan.tensors if tensor.kernel and not tensor.updates]
     in_memory = sum(
         tensor.source.nbytes for tensor in plan.tensors if isinstance(tensor.source, ArrayTensor)
     )
@@ -47,8 +50,10 @@ def _merge_bytes(tensor: PlannedTensor) -> int:
     multiplies = any(update.block.variant is Variant.BAT for update in tensor.updates)
     whole_rows = max(update.block.rank if multiplies else 1 for update in tensor.updates)
     in_chunk = max(_CHUNK, whole_rows * tensor.matrix_shape[1])
-    stored = FLOATS[tensor.source.dtype].itemsize + FLOATS[tensor.dtype].itemsize
+    stored = (SIZES[tensor.source.dtype] + SIZES[tensor.dtype]) // 8
     scratch = _CHUNK * (_PRODUCT_SCRATCH if multiplies else _SUM_SCRATCH)
+    if tensor.source.dtype in FLOAT8S:
+        scratch += _DEQUANTISED
     return in_chunk * stored + scratch + (_PRODUCTS if multiplies else 0) + _blocks(tensor)
 
 

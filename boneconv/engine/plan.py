@@ -60,7 +60,8 @@ class PlannedTensor:
         source: The base's tensor (copy, cast, merge) or the adapter's (replace, add).
         updates: The updates to apply to the source, in order (merge only).
         kernel: Makes what computes the tensor from its source, in place of merging the updates
-            into it (merge only).
+            into it (merge, or a cast, replacement or addition whose source is dequantised).
+        reads: What the kernel reads beside the source.
     """
 
     name: str
@@ -69,6 +70,7 @@ class PlannedTensor:
     source: Tensor
     updates: tuple[Update, ...] = ()
     kernel: Callable[[PlannedTensor], Merger] | None = None
+    reads: tuple[StoredTensor, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,6 +86,13 @@ class PlannedTensor:
     def matrix_shape(self) -> tuple[int, int]:
         """Its shape as a weight ``[out, in]``: a 1x1 convolution's last axes are one wide."""
         return self.shape[0], math.prod(self.shape[1:])
+
+    @property
+    def kernel_shape(self) -> tuple[int, int]:
+        """Its shape as a kernel gets it: as a weight, or with all axes but the last in one."""
+        if self.action is Action.MERGE or len(self.shape) < 3:
+            return self.matrix_shape
+        return math.prod(self.shape[:-1]), self.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -211,7 +220,11 @@ class Plan:
         paths = (
             tensor.path
             for planned in self.tensors
-            for tensor in (planned.source, *(u.block.tensor for u in planned.updates))
+            for tensor in (
+                planned.source,
+                *planned.reads,
+                *(u.block.tensor for u in planned.updates),
+            )
             if isinstance(tensor, StoredTensor)
         )
         return list(dict.fromkeys(paths))

@@ -31,7 +31,7 @@ class Segment:
         offset: Where the tensor starts in its output file.
         first_row: The first row.
         rows: How many rows.
-        row_elements: Elements of a row; a tensor that is not merged counts as one column.
+        row_elements: Elements of a row; a tensor that no kernel computes counts as one column.
     """
 
     tensor: PlannedTensor
@@ -59,8 +59,8 @@ def segments_of(shard: PlannedShard) -> Iterator[Segment]:
 
 
 def _rows(tensor: PlannedTensor) -> tuple[int, int]:
-    if tensor.action is Action.MERGE:
-        return tensor.matrix_shape
+    if tensor.action is Action.MERGE or tensor.kernel is not None:
+        return tensor.kernel_shape
     if tensor.dtype not in FLOATS:
         return tensor.nbytes, 1
     return math.prod(tensor.shape), 1

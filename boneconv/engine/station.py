@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from boneconv.dtypes import FLOATS
 from boneconv.engine.compute import Desk, Leaves, Merger, do_segment
@@ -16,7 +20,7 @@ from boneconv.io.open_files import OpenFiles
 from boneconv.io.safetensors import StoredTensor
 from boneconv.kernels import RowMerger, Stage
 
-__all__ = ["Station", "Task", "new_merger"]
+__all__ = ["Station", "Task", "new_merger", "row_merger"]
 
 #: A segment, and the number of the shard that it belongs to.
 Task = tuple[int, Segment]
@@ -85,17 +89,35 @@ def new_merger(tensor: PlannedTensor, device: str = "cpu") -> Merger:
     """
     if tensor.kernel is not None:
         return tensor.kernel(tensor)
-    stages = [
+    source = FLOATS[tensor.source.dtype]
+    if device == "cpu":
+        return row_merger(tensor, source)
+    from boneconv.kernels.torch_rows import TorchRowMerger
+
+    with _naming_block(tensor):
+        target = FLOATS[tensor.dtype]
+        return TorchRowMerger(
+            _stages(tensor), tensor.matrix_shape, source, target, device=device
+        )
+
+
+def row_merger(tensor: PlannedTensor, source: np.dtype[Any]) -> RowMerger:
+    """What merges a planned tensor's updates into rows of a dtype; raises as `new_merger`."""
+    with _naming_block(tensor):
+        return RowMerger(_stages(tensor), tensor.matrix_shape, source, FLOATS[tensor.dtype])
+
+
+def _stages(tensor: PlannedTensor) -> list[Stage]:
+    return [
         Stage(u.block.variant, u.block.tensor.read(), u.block.axis, u.scale, u.residue)
         for u in tensor.updates
     ]
-    source, target = FLOATS[tensor.source.dtype], FLOATS[tensor.dtype]
-    try:
-        if device == "cpu":
-            return RowMerger(stages, tensor.matrix_shape, source, target)
-        from boneconv.kernels.torch_rows import TorchRowMerger
 
-        return TorchRowMerger(stages, tensor.matrix_shape, source, target, device=device)
+
+@contextmanager
+def _naming_block(tensor: PlannedTensor) -> Iterator[None]:
+    try:
+        yield
     except (NonFiniteError, ShapeError) as error:
         block = tensor.updates[0].block.tensor
         path = block.path if isinstance(block, StoredTensor) else None

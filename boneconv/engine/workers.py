@@ -14,13 +14,16 @@ import os
 import queue
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, MutableSequence, Sequence
 from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from boneconv.errors import MachineError
+from boneconv.io.files import machine_errors
 
 __all__ = ["Board", "Place", "can_fork", "run_queues", "usable_cores"]
 
@@ -201,7 +204,8 @@ def _run_processes(
 ) -> None:
     """This process is one of the workers, and hears of the others between its own tasks."""
     fork = multiprocessing.get_context("fork")
-    board = Board(lengths, lambda numbers: fork.RawArray("q", numbers), fork.Lock())
+    with machine_errors(Path(tempfile.gettempdir())):  # where memory to be shared is kept
+        board = Board(lengths, lambda numbers: fork.RawArray("q", numbers), fork.Lock())
     others: dict[Connection, Any] = {}
     gc.freeze()  # a collection in a worker would copy every page that it shares with this process
     try:

@@ -16,8 +16,15 @@ from boneconv.errors import FormatError, MissingPathError, NameMatchError, listi
 from boneconv.io.links import check_inside
 from boneconv.io.model_index import read_components
 from boneconv.io.pth import PTH_SUFFIXES, locate_tensors
+from boneconv.io.quantised import refusal
 from boneconv.io.safetensors import SafetensorsFile, StoredTensor, read_header
-from boneconv.io.weight_files import files_below, holds_weights, is_weight_copy, single_of
+from boneconv.io.weight_files import (
+    files_below,
+    holds_weights,
+    is_weight_copy,
+    safetensors_name,
+    single_of,
+)
 from boneconv.strict_json import read_object
 
 __all__ = ["ADAPTER_CONFIG", "Checkpoint", "open_checkpoint"]
@@ -25,6 +32,10 @@ __all__ = ["ADAPTER_CONFIG", "Checkpoint", "open_checkpoint"]
 _INDEX_SUFFIX = ".safetensors.index.json"
 _VARIANT_INDEX = "*.safetensors.index.*.json"
 _SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+#: torch's files, which loaders take where those above are absent.
+_TORCH_INDEX = "*pytorch_model*.bin.index*.json"
+_TORCH_SINGLE = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
+_TORCH_VARIANT = "*pytorch_model.*.bin"
 
 #: Without the adapter's weights beside it, it would make loaders look for them.
 ADAPTER_CONFIG = "adapter_config.json"
@@ -32,7 +43,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of safetensors files; only headers have been read.
+    """A checkpoint of safetensors files, or of torch's; only headers have been read.
 
     Attributes:
         root: Its folder.
@@ -62,12 +73,18 @@ class Checkpoint:
         path = self.root / "config.json"
         return path if path.is_file() else None
 
+    def written_name(self, name: str) -> str:
+        """What a weight file or the index is called in an output: a folder's are safetensors."""
+        return name if self.single_file else safetensors_name(name)
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Reads the headers of a checkpoint.
 
     Args:
-        path: A folder, one ``.safetensors`` file, or one file of torch's (``.pth``).
+        path: A folder, one ``.safetensors`` file, or one file of torch's (``.pth``). A folder's
+            safetensors files come first; where there are none, ``pytorch_model.bin`` or the files
+            that ``pytorch_model.bin.index.json`` names are read.
 
     Raises:
         MissingPathError: The path, or a shard that the index names, is not there.
@@ -77,6 +94,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         NameMatchError: Two shards hold a tensor of one name.
     """
     if path.is_file():
+        if path.suffix == ".gguf":
+            raise refusal("gguf", path)
         return _build(path.parent, [path.name], None, {}, single_file=True)
     if not path.is_dir():
         raise MissingPathError("no such file or folder", path=path)
@@ -104,9 +123,12 @@ def _refuse_pipeline(folder: Path) -> None:
 
 
 def _find_index(folder: Path) -> Path | None:
+    has_single = any((folder / name).is_file() for name in _SINGLE_NAMES)
     found = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
-    if not found and not any((folder / name).is_file() for name in _SINGLE_NAMES):
+    if not found and not has_single:
         found = sorted(folder.glob(_VARIANT_INDEX))
+    if not found and not has_single and not any((folder / n).is_file() for n in _TORCH_SINGLE):
+        found = _plain_first(folder.glob(_TORCH_INDEX), ".bin.index.json")
     if len(found) > 1:
         raise FormatError(
             f"several weight indexes: {listing([p.name for p in found])}",
@@ -125,22 +147,31 @@ def _find_index(folder: Path) -> Path | None:
     return found[0]
 
 
+def _plain_first(found: Iterable[Path], suffix: str) -> list[Path]:
+    """Files in order; those of a variant, such as fp16, only where there is nothing else."""
+    paths = sorted(found)
+    return [path for path in paths if path.name.endswith(suffix)] or paths
+
+
 def _single_weights(folder: Path) -> str:
-    for name in _SINGLE_NAMES:
+    for name in (*_SINGLE_NAMES, *_TORCH_SINGLE):
         if (folder / name).is_file():
             return name
-    found = sorted(p.name for p in folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise FormatError(
-            f"several safetensors files and no index: {listing(found)}",
-            path=folder,
-            expected=f"model.safetensors, or model{_INDEX_SUFFIX}",
-        )
+    for pattern in ("*.safetensors", _TORCH_VARIANT):
+        found = sorted(p.name for p in folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise FormatError(
+                f"several weight files and no index: {listing(found)}",
+                path=folder,
+                expected=f"model.safetensors, or model{_INDEX_SUFFIX}",
+            )
     others = sorted(p.name for p in folder.iterdir() if is_weight_copy(PurePosixPath(p.name)))
+    if others and all(name.endswith(".gguf") for name in others):
+        raise refusal("gguf", folder / others[0])
     raise FormatError(
-        "holds no safetensors weights",
+        "holds no safetensors weights, and no pytorch_model.bin",
         path=folder,
         expected=f"model.safetensors, or model{_INDEX_SUFFIX} and its shards",
         found=listing(others) if others else "no weights",
@@ -164,10 +195,10 @@ def _shard_names(index: Mapping[str, Any], path: Path) -> list[str]:
                 expected="plain file names",
                 hint="Do not use this checkpoint unless you trust where it came from",
             )
-        if "\\" in name or "\0" in name or not name.endswith(".safetensors"):
-            raise FormatError(
-                f"the index names a file that is no safetensors file: {name!r}", path=path
-            )
+        suffix = Path(single_of(path.name)).suffix
+        if "\\" in name or "\0" in name or not name.endswith(suffix):
+            kind = "safetensors file" if suffix == ".safetensors" else f"{suffix} file"
+            raise FormatError(f"the index names a file that is no {kind}: {name!r}", path=path)
     return sorted(set(weight_map.values()))
 
 

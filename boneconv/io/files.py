@@ -17,7 +17,7 @@ from typing import Self
 
 from boneconv.errors import DiskFullError, FormatError, MachineError, MissingPathError
 
-__all__ = ["Reader", "Writer", "machine_errors", "sync_folder"]
+__all__ = ["Reader", "Writer", "machine_errors", "sync_file", "sync_folder"]
 
 _BINARY = getattr(os, "O_BINARY", 0)
 
@@ -134,6 +134,12 @@ class Writer(_File):
         with self._lock:
             os.lseek(self._fd, offset, os.SEEK_SET)
             return os.write(self._fd, view)
+
+
+def sync_file(path: Path) -> None:
+    """Flushes a file to the disk."""
+    with Writer(path) as writer:
+        writer.sync()
 
 
 def sync_folder(path: Path) -> None:

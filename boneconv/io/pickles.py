@@ -17,9 +17,14 @@ from numpy.typing import NDArray
 from boneconv.dtypes import BF16
 from boneconv.errors import FormatError, MissingPathError, listing
 from boneconv.io.archive_check import check_archive
+from boneconv.io.files import machine_errors
 from boneconv.io.safetensors import ArrayTensor
 
 __all__ = ["load_mapped", "read_torch_file", "to_numpy"]
+
+#: What `torch.save` wrote before torch 1.6 begins with: a pickled number. Such a file has no places
+#: that tensors could be read from one by one.
+_LEGACY = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def read_torch_file(path: Path) -> dict[str, ArrayTensor]:
@@ -60,6 +65,18 @@ def load_mapped(path: Path) -> Mapping[Any, Any]:
     if not all(isinstance(name, str) for name in content):
         raise FormatError("holds no state dict: a name is no text", path=path)
     return content
+
+
+def _refuse_legacy(path: Path) -> None:
+    with machine_errors(path), path.open("rb") as file:
+        head = file.read(2 + len(_LEGACY))
+    if head[:1] == b"\x80" and head[2:] == _LEGACY:
+        raise FormatError(
+            "a torch file as it was written before torch 1.6, which cannot be read in pieces",
+            path=path,
+            hint="Load it with torch.load(weights_only=True) and save it again with torch.save, or "
+            "load the model and save it with save_pretrained, which writes safetensors",
+        )
 
 
 def to_numpy(value: Any, where: str) -> NDArray[Any]:

@@ -14,6 +14,7 @@ __all__ = [
     "in_weight_folder",
     "index_of",
     "is_weight_copy",
+    "safetensors_name",
     "single_of",
 ]
 
@@ -44,7 +45,10 @@ _WEIGHT_FOLDERS = ("onnx", "original", "openvino", "coreml")
 _NOT_THE_MODEL = (".git", ".cache", "__pycache__", ".gitattributes")
 
 _SINGLE = re.compile(r"(?P<stem>model|diffusion_pytorch_model)\.(?P<variant>\w+)\.safetensors")
-_INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
+_INDEX = re.compile(
+    r"(?P<stem>.+)\.(?P<kind>safetensors|bin)\.index(?:\.(?P<variant>\w+))?\.json"
+)
+_TORCH = re.compile(r"(?P<stem>.+)\.bin(?P<index>\.index(?:\.\w+)?\.json)?")
 
 
 def is_weight_copy(name: PurePosixPath) -> bool:
@@ -81,7 +85,21 @@ def single_of(index: str) -> str:
     match = _INDEX.fullmatch(index)
     assert match is not None, index
     variant = "" if match["variant"] is None else f".{match['variant']}"
-    return f"{match['stem']}{variant}.safetensors"
+    return f"{match['stem']}{variant}.{match['kind']}"
+
+
+def safetensors_name(name: str) -> str:
+    """What a weight file or an index of torch's is called as safetensors; other names as they are.
+
+    ``pytorch_model-00001-of-00002.bin`` becomes ``model-00001-of-00002.safetensors``.
+    """
+    match = _TORCH.fullmatch(name)
+    if match is None:
+        return name
+    stem = match["stem"]
+    if stem.startswith("pytorch_model"):
+        stem = stem.removeprefix("pytorch_")
+    return f"{stem}.safetensors{match['index'] or ''}"
 
 
 def files_below(

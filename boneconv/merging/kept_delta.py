@@ -1,4 +1,4 @@
-"""``merge --keep-delta``: the delta file is complete before the merged checkpoint appears."""
+"""``merge --keep-delta``: the delta file appears right before the merged checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from boneconv.delta import DeltaJob, check_delta_base, delta_work, write_delta
 from boneconv.engine.stream import ShardDigests
 from boneconv.errors import UsageError
-from boneconv.io.staging import check_free
+from boneconv.io.staging import Staging, check_free
 
 __all__ = ["KeptDelta", "check_place"]
 
@@ -58,14 +58,11 @@ class KeptDelta:
         """Bytes of the base that are compared."""
         return delta_work(self.job.base, self.job.plan)
 
-    def __call__(self, merged: Path, digests: ShardDigests) -> None:
-        """Writes the file; the output is in its place of work."""
-        write_delta(
-            self.file,
-            self.job,
-            merged,
-            digests,
-            workers=self.workers,
-            force=self.force,
-            advance=self.advance,
-        )
+    def open(self, key: str) -> Staging:
+        """Opens the file's place of work; raises OutputExistsError or LockedError."""
+        return Staging(self.file, key=key, is_file=True, force=self.force)
+
+    def write(self, staging: Staging, made: Path, digests: ShardDigests) -> None:
+        """Writes the file in its place of work; the output is in its own."""
+        workers, advance = self.workers, self.advance
+        write_delta(staging, self.job, made, digests, workers=workers, advance=advance)

@@ -19,7 +19,7 @@ from boneconv.errors import NonFiniteError, UsageError
 from boneconv.formats.native import Violation
 from boneconv.io.hub import locate
 from boneconv.io.pth import PTH_SUFFIXES
-from boneconv.io.staging import check_free
+from boneconv.io.staging import check_all_free
 from boneconv.merging.kept_delta import KeptDelta, check_place
 from boneconv.merging.native_rules import mismatches, numbered
 from boneconv.planning.plan import (
@@ -134,8 +134,8 @@ def merge(
     """
     wanted = [(stacks(adapter, more, component, components), Path(out))]
     wanted += [(stacks(one, component=component), Path(place)) for one, place in each]
-    for _, place in wanted:
-        check_free(place, force=force)
+    places = [place for _, place in wanted]
+    check_all_free(places if keep_delta is None else [Path(keep_delta), *places], force=force)
     check_device(device)
     options = Options.parse(
         scale=scale, dtype=dtype, max_shard_size=max_shard_size, card=card, workers=workers
@@ -194,8 +194,6 @@ class _Output:
         def before_publish(made: Path, digests: ShardDigests) -> None:
             if check is not None:
                 check(made)
-            if kept is not None:
-                kept(made, digests)
 
         return Run(
             plan=self.plan,
@@ -206,6 +204,7 @@ class _Output:
             is_file=self.is_file,
             force=force,
             before_publish=before_publish,
+            companion=kept,
         )
 
     def delta_job(self) -> DeltaJob:

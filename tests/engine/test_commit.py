@@ -228,6 +228,65 @@ def test_a_shard_without_tensors_is_written(plan: Plan, out: Path) -> None:
     assert (out / "empty.safetensors").read_bytes() == empty.head
 
 
+@pytest.fixture
+def killed_at_the_end(plan: Plan, out: Path) -> None:
+    """A run that was killed when it had published, and not yet removed OUT.partial."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Staging, "_clear", lambda self: None)
+        _run(plan, out)
+    assert out.with_name("out.partial").exists()
+
+
+@pytest.mark.usefixtures("killed_at_the_end")
+def test_what_was_published_is_not_written_again(
+    plan: Plan, out: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = _Fault(monkeypatch, None, MachineError("x"))
+    checked: list[Path] = []
+    digests = _run(plan, out, before_publish=lambda made, digests: checked.append(made))
+    assert fault.begun == []
+    assert checked == [out]
+    assert set(digests) == {tensor.name for tensor in plan.tensors}
+    assert snapshot(out) == expected
+    assert not out.with_name("out.partial").exists()
+
+
+@pytest.mark.usefixtures("killed_at_the_end")
+@pytest.mark.parametrize("tamper", [_flip_a_value, _cut, Path.unlink], ids=lambda f: f.__name__)
+def test_what_was_published_and_changed_since_is_an_output_that_exists(
+    plan: Plan, out: Path, tamper: Callable[[Path], None]
+) -> None:
+    tamper(out / SHARDS[0])
+    changed = snapshot(out)
+    with pytest.raises(OutputExistsError, match="has changed"):
+        _run(plan, out)
+    assert snapshot(out) == changed
+    assert not out.with_name("out.partial").exists()
+
+
+def test_outputs_of_one_run_are_published_together(
+    plan: Plan, out: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the second cannot be, the first is withdrawn."""
+    second = out.with_name("second")
+    runs = [commit.Run(plan, place, b"same", _record, "record.json") for place in (out, second)]
+    publish = Staging.publish
+
+    def publishing(self: Staging) -> None:
+        if self.out == second:
+            assert out.exists()
+            raise MachineError("the disk failed")
+        publish(self)
+
+    with monkeypatch.context() as patch, pytest.raises(MachineError, match="the disk failed"):
+        patch.setattr(Staging, "publish", publishing)
+        commit.carry_out_all(runs, workers=1)
+    assert not out.exists()
+    assert not second.exists()
+    commit.carry_out_all(runs, workers=1)
+    assert snapshot(out) == snapshot(second) == expected
+
+
 # --- failures ---------------------------------------------------------------------------------
 
 

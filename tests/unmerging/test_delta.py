@@ -410,7 +410,7 @@ def test_no_output_appears_where_the_delta_file_cannot_be_written(
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    monkeypatch.setattr("boneconv.delta.write._compute", full)
     with pytest.raises(BoneconvError, match="the disk is full"):
         boneconv.merge(
             merged / "base", merged / "adapter", merged / "again", keep_delta=merged / "new"
