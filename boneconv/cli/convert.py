@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from boneconv.cli import options
 from boneconv.cli.console import Bar, echo_json, note, table
 
 if TYPE_CHECKING:
@@ -54,10 +55,10 @@ _TARGETS = ("native", "peft-bone", "peft-miss", "peft-lora", "rwkv")
     is_flag=True,
     help="Raise the LoRA's rank to one that vLLM serves: 8, 16, 32, 64, 128, 256, 320, 512.",
 )
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress and no remarks.")
-@click.option("--verbose", "-v", is_flag=True, help="List the error of every module.")
+@options.force
+@options.as_json()
+@options.quiet
+@options.verbose("the error of every module")
 def command(
     adapter: str,
     out: str,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from boneconv.cli import options
 from boneconv.cli.console import echo_json, table
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ A tiny base model and two adapters were made in code, then each adapter was merg
 
 @click.command("demo", short_help="Merge tiny adapters into a tiny model and check the result.")
 @click.argument("out", required=False, type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+@options.as_json("rows")
 def command(out: Path | None, as_json: bool) -> None:
     """Merge tiny adapters into a tiny model and check every weight against exact arithmetic.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from boneconv.cli import options
 from boneconv.cli.console import Bar, echo_json
 
 __all__ = ["command"]
@@ -12,15 +13,10 @@ __all__ = ["command"]
 @click.command("diff", short_help="Compare two checkpoints or two adapters.")
 @click.argument("a")
 @click.argument("b")
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Workers; by default one for each usable core.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress.")
-@click.option("--verbose", "-v", is_flag=True, help="List every tensor, equal ones too.")
+@options.workers
+@options.as_json("report")
+@options.quiet
+@options.verbose("every tensor, equal ones too")
 def command(a: str, b: str, workers: int | None, as_json: bool, quiet: bool, verbose: bool) -> int:
     """Compare A and B, two checkpoints or two adapters, tensor by tensor.
 

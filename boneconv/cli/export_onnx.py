@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from boneconv.cli import options
 from boneconv.cli.console import Bar, echo_json, note, size
 
 if TYPE_CHECKING:
@@ -19,13 +20,7 @@ __all__ = ["command"]
 @click.argument("base")
 @click.argument("adapter")
 @click.argument("out", type=click.Path())
-@click.option(
-    "--adapter",
-    "more",
-    multiple=True,
-    metavar="MORE",
-    help="A further adapter, applied after the first; may be repeated.",
-)
+@options.more_adapters("A further adapter, applied after the first; may be repeated.")
 @click.option(
     "--graph",
     metavar="BASE.onnx",
@@ -59,12 +54,7 @@ __all__ = ["command"]
     is_flag=True,
     help="With --runtime-adapters: compute BAT at run time too (1.5 to 2 times slower).",
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Worker processes that merge before tracing; by default one for each usable core.",
-)
+@options.workers
 @click.option(
     "--allow-base-mismatch",
     is_flag=True,
@@ -84,9 +74,9 @@ __all__ = ["command"]
     help="Prompts for --verify, one a line, or a JSON list in a .json file.  [default: a small "
     "built-in set]",
 )
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress and no remarks.")
+@options.force
+@options.as_json()
+@options.quiet
 def command(
     base: str,
     adapter: str,

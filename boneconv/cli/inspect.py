@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from boneconv.cli import options
 from boneconv.cli.console import echo_json, one_line, size, table
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ _LAYER = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 
 @click.command("inspect", short_help="Show what an adapter or a checkpoint holds.")
 @click.argument("path")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-@click.option("--verbose", "-v", is_flag=True, help="List every module of an adapter.")
+@options.as_json("summary")
+@options.verbose("every module of an adapter")
 def command(path: str, as_json: bool, verbose: bool) -> None:
     """Show what an adapter or a checkpoint holds. Only headers are read.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from boneconv.cli import options
 from boneconv.cli.console import Bar, echo_json, note, one_line, size, table
 
 if TYPE_CHECKING:
@@ -70,12 +71,7 @@ __all__ = ["command"]
     metavar="cpu|cuda",
     help="Where to compute; the bytes are the same.",
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Worker processes; by default one for each usable core.",
-)
+@options.workers
 @click.option(
     "--scheduler",
     metavar="tcp://...",
@@ -101,10 +97,10 @@ __all__ = ["command"]
     is_flag=True,
     help="Verify OUT before it is published; if that fails, nothing is, and the exit code is 1.",
 )
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress and no remarks.")
-@click.option("--verbose", "-v", is_flag=True, help="List every tensor of a dry run.")
+@options.force
+@options.as_json()
+@options.quiet
+@options.verbose("every tensor of a dry run")
 def command(
     base: str,
     adapter: str,
@@ -141,7 +137,7 @@ def command(
 
     pairs = [_pair(text) for text in each]
     more, components = _by_component(more) if component is not None else (more, {})
-    options: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "component": component,
         "scale": scale,
         "dtype": dtype,
@@ -150,8 +146,8 @@ def command(
         "card": not no_card,
     }
     if dry_run:
-        plans = [plan_merge(base, adapter, more=more, components=components, **options)]
-        plans += [plan_merge(base, one, **options) for one, _ in pairs]
+        plans = [plan_merge(base, adapter, more=more, components=components, **settings)]
+        plans += [plan_merge(base, one, **settings) for one, _ in pairs]
         if as_json:
             first, *others = map(_plan_json, plans)
             echo_json(first | ({"each": others} if others else {}))
@@ -182,7 +178,7 @@ def command(
                 check=check,
                 force=force,
                 progress=bar,
-                **options,
+                **settings,
             )
     finally:
         bar.close()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from boneconv.cli import options
 from boneconv.cli.console import Bar, echo_json, note, one_line, size, table
 
 if TYPE_CHECKING:
@@ -24,13 +25,7 @@ _LAYER = re.compile(r"^(.*?)\.\d+\.(.+)$")
 @click.argument("merged")
 @click.argument("adapter")
 @click.argument("out", type=click.Path())
-@click.option(
-    "--adapter",
-    "more",
-    multiple=True,
-    metavar="MORE",
-    help="A further adapter, in the order of the merge; may be repeated.",
-)
+@options.more_adapters("A further adapter, in the order of the merge; may be repeated.")
 @click.option(
     "--delta", metavar="FILE", help="What `merge --keep-delta` wrote: restores every byte."
 )
@@ -40,16 +35,11 @@ _LAYER = re.compile(r"^(.*?)\.\d+\.(.+)$")
     metavar="S",
     help="The merge's scale, where MERGED has no boneconv.json.  [default: 1]",
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Workers; by default one for each usable core.",
-)
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress and no remarks.")
-@click.option("--verbose", "-v", is_flag=True, help="List every restored tensor.")
+@options.workers
+@options.force
+@options.as_json()
+@options.quiet
+@options.verbose("every restored tensor")
 def command(
     merged: str,
     adapter: str,

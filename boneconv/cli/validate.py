@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from boneconv.cli import options
 from boneconv.cli.console import echo_json, one_line
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _NAMES = {"native": "Bone Adapter Format 1.0", "peft": "PEFT", "rwkv": "RWKV-PEF
     metavar="S",
     help="Strength for which --base checks that the result is finite.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@options.as_json()
 def command(adapter: str, base: str | None, scale: float, as_json: bool) -> int:
     """Check ADAPTER against the numbered rules of the Bone Adapter Format.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from boneconv.cli import options
 from boneconv.cli.console import Bar, echo_json, note
 
 if TYPE_CHECKING:
@@ -21,13 +22,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.argument("base")
 @click.argument("adapter")
 @click.argument("candidate")
-@click.option(
-    "--adapter",
-    "more",
-    multiple=True,
-    metavar="MORE",
-    help="A further adapter, in the order of the merge; may be repeated.",
-)
+@options.more_adapters("A further adapter, in the order of the merge; may be repeated.")
 @click.option(
     "--scale",
     type=float,
@@ -61,18 +56,13 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="Prompts for --logits, one a line, or a JSON list in a .json file.  [default: a small "
     "built-in set]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@options.as_json("report")
 @click.option("--junit", type=_FILE, metavar="FILE", help="Write JUnit XML, a case per tensor.")
 @click.option("--html", type=_FILE, metavar="FILE", help="Write one self-contained page.")
 @click.option("--markdown", type=_FILE, metavar="FILE", help="Write Markdown for a pull request.")
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Workers; by default one for each usable core.",
-)
-@click.option("--quiet", "-q", is_flag=True, help="No progress and no remarks.")
-@click.option("--verbose", "-v", is_flag=True, help="List every tensor, the worst first.")
+@options.workers
+@options.quiet
+@options.verbose("every tensor, the worst first")
 def command(
     base: str,
     adapter: str,
