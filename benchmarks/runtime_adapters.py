@@ -32,8 +32,8 @@ from boneconv.adapter import Adapter  # noqa: E402
 from boneconv.formats import read_adapter  # noqa: E402
 from boneconv.io.checkpoint import open_checkpoint  # noqa: E402
 from boneconv.io.safetensors import ArrayTensor  # noqa: E402
-from boneconv.onnx.runtime_export import export_runtime_adapters  # noqa: E402
-from boneconv.onnx.session import AdapterSession  # noqa: E402
+from boneconv.onnx.runtime.export import export_runtime_adapters  # noqa: E402
+from boneconv.onnx.runtime.session import AdapterSession  # noqa: E402
 from boneconv.planning.accounts import Strength  # noqa: E402
 
 THREADS = 2

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from boneconv.inspection import inspect
     from boneconv.merging import MergeResult, merge
     from boneconv.nn.linear import BoneLinear
-    from boneconv.nn.model import BoneModel
+    from boneconv.nn.model.bone_model import BoneModel
     from boneconv.onnx import ExportResult, export_onnx
-    from boneconv.onnx.session import AdapterSession
+    from boneconv.onnx.runtime.session import AdapterSession
     from boneconv.planning import MergePlan, plan_merge
     from boneconv.unmerging import UnmergeResult, unmerge
     from boneconv.validation import Validation, validate
@@ -61,12 +61,12 @@ __all__ = [
 
 _HOMES = {
     "Adapter": "adapter",
-    "AdapterSession": "onnx.session",
+    "AdapterSession": "onnx.runtime.session",
     "Axis": "config",
     "Block": "adapter",
     "BoneConfig": "config",
     "BoneLinear": "nn.linear",
-    "BoneModel": "nn.model",
+    "BoneModel": "nn.model.bone_model",
     "BoneconvError": "errors",
     "ConvertResult": "conversion",
     "DiffReport": "verification",

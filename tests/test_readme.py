@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.onnx.patch_cases import make_case
+from tests.onnx.patching.cases import make_case
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -122,6 +122,7 @@ def test_a_graph_is_patched_as_pasted(tmp_path: Path) -> None:
     assert "patched" in run_shell(patch, tmp_path)
 
 
+@pytest.mark.slow
 def test_training_and_exporting_work_as_pasted(tmp_path: Path) -> None:
     """One after the other: the second takes what the first leaves."""
     (train,) = blocks("python", "Train an adapter")

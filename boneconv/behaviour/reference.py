@@ -53,14 +53,14 @@ def attach(model: Any, adapters: Sequence[Adapter], scale: float) -> Any:
     Raises:
         NameMatchError, ShapeError, ConfigError: An adapter does not fit the model.
     """
-    walking = import_module("boneconv.nn.walking")
+    walking = import_module("boneconv.nn.model.walking")
     bone: Any = None
     with quiet():
         resize(model, adapters)
         names = [f"adapter{number}" for number in range(len(adapters))]
         for name, adapter in zip(names, adapters, strict=True):
             if bone is None:
-                bone = import_module("boneconv.nn.model").BoneModel.from_pretrained(
+                bone = import_module("boneconv.nn.model.bone_model").BoneModel.from_pretrained(
                     model, adapter.path, name
                 )
             else:
@@ -87,7 +87,7 @@ def form(bone: Any) -> int:
     """
     torch = import_module("torch")
     compose = import_module("boneconv.nn.weights").compose
-    walking = import_module("boneconv.nn.walking")
+    walking = import_module("boneconv.nn.model.walking")
     changed = 0
     with torch.no_grad():
         for layer in walking.bone_layers(bone.model).values():
@@ -105,8 +105,8 @@ def form(bone: Any) -> int:
 
 def named_tensors(model: Any) -> Iterator[tuple[str, Any]]:
     """Parameters and buffers that run, under the names that the plain model gives them."""
-    walking = import_module("boneconv.nn.walking")
-    saved_module = import_module("boneconv.nn.saved_module").SavedModule
+    walking = import_module("boneconv.nn.model.walking")
+    saved_module = import_module("boneconv.nn.model.saved_module").SavedModule
     for name, module in (("", model), *walking.walk(model)):
         whole = isinstance(module, saved_module)
         inner = module.running() if whole else walking.base_of(module)

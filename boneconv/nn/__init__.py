@@ -5,7 +5,7 @@ linear one, `model` adapts a whole model.
 """
 
 from boneconv.nn.linear import BoneLinear
-from boneconv.nn.model import BoneModel
+from boneconv.nn.model.bone_model import BoneModel
 from boneconv.nn.updates import Update
 
 __all__ = ["BoneLinear", "BoneModel", "Update"]

@@ -19,9 +19,9 @@ from boneconv.onnx.child import accept_in_child
 from boneconv.onnx.copying import copy_file
 from boneconv.onnx.fingerprint import base_mismatches
 from boneconv.onnx.outcome import Made
-from boneconv.onnx.patch import Patched, patch_graph
-from boneconv.onnx.patch_check import check_patched
-from boneconv.onnx.patch_jobs import plan_jobs
+from boneconv.onnx.patching.check import check_patched
+from boneconv.onnx.patching.jobs import plan_jobs
+from boneconv.onnx.patching.patch import Patched, patch_graph
 from boneconv.onnx.record import patched_tensors
 from boneconv.onnx.request import Request
 from boneconv.planning import MergePlan

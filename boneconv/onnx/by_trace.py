@@ -42,7 +42,9 @@ def export_by_trace(
         folder = target if not request.is_file else merged.with_name(f"{merged.name}.onnx")
         folder.mkdir(exist_ok=True)
         if request.runtime == "genai":
-            summary = _module("genai").build_genai(merged, folder, dtype=request.dtype, note=note)
+            summary = _module("tracing.genai").build_genai(
+                merged, folder, dtype=request.dtype, note=note
+            )
             weights, options = summary.matrices, {"dtype": summary.dtype}
         else:
             summary = _trace(request, merged, folder, note)
@@ -66,7 +68,7 @@ def export_apart(
     """Writes a graph that takes adapters while it runs, and a file for each adapter."""
     checkpoint = open_checkpoint(plan.base.path)
     names = _adapter_names(plan)
-    runtime = _module("runtime_export")
+    runtime = _module("runtime.export")
 
     def export(graph: Path) -> Any:
         return runtime.export_runtime_adapters(
@@ -91,12 +93,12 @@ def export_apart(
             summary = export(traced.graph)
         finally:
             shutil.rmtree(place, ignore_errors=True)
-    _module("trace").copy_side_files(checkpoint, target)
+    _module("tracing.trace").copy_side_files(checkpoint, target)
     return Made(summary.graph.name, summary.modules, {}, options, tuple(base_mismatches(plan, {})))
 
 
 def _trace(request: Request, model: Path, folder: Path, note: Callable[[str], None]) -> Any:
-    return _module("trace").trace_graph(
+    return _module("tracing.trace").trace_graph(
         model, folder, task=request.task, dtype=request.dtype, opset=request.opset, note=note
     )
 

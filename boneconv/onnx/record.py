@@ -8,7 +8,7 @@ from typing import Any
 
 from boneconv import __version__
 from boneconv.graphs import Placement
-from boneconv.onnx.patch import Written
+from boneconv.onnx.patching.patch import Written
 
 __all__ = ["encode_export_record", "patched_tensors"]
 

@@ -159,6 +159,7 @@ def test_verify_of_the_command_line(
     assert run([*arguments, str(with_past), "--logits", "--prompts", str(tmp_path / "p")]) == 2
 
 
+@pytest.mark.slow
 def test_verify_of_an_export(
     tiny_case: TinyCase,
     tmp_path: Path,

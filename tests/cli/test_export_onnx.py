@@ -12,7 +12,7 @@ import pytest
 
 from boneconv.cli import run
 from tests.builders import snapshot
-from tests.onnx.patch_cases import Case, check_here, expected, make_case, same_weights
+from tests.onnx.patching.cases import Case, check_here, expected, make_case, same_weights
 
 __all__ = ["check_here"]
 

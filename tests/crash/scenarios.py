@@ -42,7 +42,7 @@ def make_inputs(folder: Path, *, graph: bool) -> None:
     _must(run([*merge, "--workers", "1", "--quiet", "--keep-delta", str(folder / "delta")]))
     if graph:
         from tests.graphs.onnx_files import make_graph
-        from tests.onnx.patch_cases import float_tensors, graph_weights
+        from tests.onnx.patching.cases import float_tensors, graph_weights
 
         held = graph_weights(float_tensors(), F32)
         make_graph(folder / "graph" / "model.onnx", held, "external")

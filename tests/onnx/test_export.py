@@ -23,7 +23,7 @@ from boneconv.io.files import Reader
 from tests.builders import Q, make_base, module, snapshot, tree_digest
 from tests.graphs.onnx_files import DATA, make_graph
 from tests.graphs.test_external import hub_snapshot
-from tests.onnx.patch_cases import (
+from tests.onnx.patching.cases import (
     Case,
     check_here,
     expected,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from boneconv import export_onnx, verify
-from boneconv.onnx.session import AdapterSession
+from boneconv.onnx.runtime.session import AdapterSession
 from tests.conftest import TinyCase
 from tests.oracle.tiny import Case
 
@@ -32,6 +32,7 @@ def test_a_traced_graph_holds_the_merge_rounded_once_to_its_own_dtype(
     assert not list(tmp_path.glob("*.partial*"))
 
 
+@pytest.mark.slow
 def test_adapters_apart_from_a_traced_graph(tiny_case: TinyCase, tmp_path: Path) -> None:
     import torch
 
