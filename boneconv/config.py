@@ -68,7 +68,7 @@ class BoneConfig:
         target_modules: The adapted modules. A list names them exactly or by what follows a dot in
             their names; a string is a regular expression that matches whole names; ``"all-linear"``
             is all linear modules but the output layer; None is what
-            `boneconv.nn.defaults.DEFAULT_TARGETS` has for the model's architecture.
+            `boneconv.nn.model.defaults.DEFAULT_TARGETS` has for the model's architecture.
         exclude_modules: Modules left out of those, a list or a regular expression as above.
         init_weights: The variant: true or false is Bone, ``"bat"`` BAT, ``"mini"`` mini (MISS
             only). Blocks begin at zero, so that the model begins unchanged, except with false:

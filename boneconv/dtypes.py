@@ -12,7 +12,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-__all__ = ["BF16", "F16", "F32", "F64", "FLOATS", "SIZES", "by_cli_name", "cli_name", "name_of"]
+__all__ = [
+    "BF16",
+    "F16",
+    "F32",
+    "F64",
+    "FLOAT8S",
+    "FLOATS",
+    "SIZES",
+    "by_cli_name",
+    "cli_name",
+    "name_of",
+]
 
 F64 = np.dtype(np.float64)
 F32 = np.dtype(np.float32)
@@ -21,6 +32,14 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 #: safetensors name -> numpy dtype, for the dtypes that a merge may read or write.
 FLOATS: dict[str, np.dtype[Any]] = {"F64": F64, "F32": F32, "F16": F16, "BF16": BF16}
+
+#: safetensors name -> numpy dtype, for the dtypes of quantised weights that a merge may read.
+FLOAT8S: dict[str, np.dtype[Any]] = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+}
 
 #: Bits of one element, for every dtype that the safetensors format knows.
 SIZES: dict[str, int] = {

@@ -30,6 +30,7 @@ from boneconv.formats.native.rules import RULES, fail_on
 from boneconv.io.checkpoint import open_checkpoint
 from boneconv.io.files import Reader
 from boneconv.io.hub import ADAPTER, BASE, locate
+from boneconv.io.quantised import refuse_quantised_tensors
 from boneconv.io.safetensors import StoredTensor, Tensor, byte_view
 from boneconv.kernels import Scratch, cast_rows
 
@@ -164,7 +165,9 @@ def _all_finite(tensor: Tensor) -> bool:
 def _check_base(adapter: Adapter, base: Path, scale: float) -> None:
     """Raises StageFailed for violations of R28 to R31."""
     try:
-        homes = native.find_homes(adapter, open_checkpoint(base))
+        checkpoint = open_checkpoint(base)
+        refuse_quantised_tensors(checkpoint.tensors, base)
+        homes = native.find_homes(adapter, checkpoint)
     except NameMatchError as error:
         violation = Violation.of("R28", error.message, base, hint=error.hint)
         raise StageFailed([violation]) from error

@@ -12,7 +12,9 @@ from boneconv.errors import BaseMismatchError, NameMatchError, UsageError, listi
 from boneconv.formats.native import check_homes, find_homes, fingerprint, mismatch
 from boneconv.io.checkpoint import Checkpoint, open_checkpoint
 from boneconv.io.hub import BASE, Source, locate
+from boneconv.io.quantised import refuse_quantised_tensors
 from boneconv.io.safetensors import Tensor
+from boneconv.io.weight_files import holds_weights
 from boneconv.names import parameter_shapes, trained_on
 
 __all__ = ["AdaptedWeights", "adapted_weights", "check_fingerprint", "open_base"]
@@ -56,6 +58,7 @@ def adapted_weights(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
     if config is not None:
         return AdaptedWeights(_configured_shapes(adapter, config), {}, source)
     checkpoint = open_checkpoint(source.path)
+    refuse_quantised_tensors(checkpoint.tensors, source.path)
     homes = find_homes(adapter, checkpoint)
     check_homes(adapter, homes)
     names = {module: f"{module}.weight" for module in adapter.blocks}
@@ -100,8 +103,7 @@ def _config_alone(path: Path) -> Path | None:
     """The config.json of a base that comes without weights."""
     if path.is_file():
         return path if path.name == _CONFIG else None
-    has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json"))
-    return path / _CONFIG if (path / _CONFIG).is_file() and not has_weights else None
+    return path / _CONFIG if (path / _CONFIG).is_file() and not holds_weights(path) else None
 
 
 def _configured_shapes(adapter: Adapter, config: Path) -> dict[str, tuple[int, ...]]:

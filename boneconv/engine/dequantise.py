@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from boneconv.dtypes import F64, FLOATS
+from boneconv.dtypes import FLOATS
 from boneconv.engine.plan import PlannedTensor
-from boneconv.engine.station import row_merger
+from boneconv.engine.station import naming_block, stages_of
 from boneconv.errors import NonFiniteError
 from boneconv.io.files import Reader
-from boneconv.io.safetensors import StoredTensor
+from boneconv.io.safetensors import StoredTensor, byte_view
 from boneconv.kernels.scaled import ScaledMerger, ScaleGrid
 from boneconv.kernels.stage import Array
 
@@ -47,8 +47,9 @@ class Dequantisation:
             ShapeError: A block does not fit the weight.
             FormatError, MachineError: Reading failed.
         """
-        merger = row_merger(planned, F64) if planned.updates else None
-        return ScaledMerger(self.grid(planned), merger, FLOATS[planned.dtype])
+        grid, target = self.grid(planned), FLOATS[planned.dtype]
+        with naming_block(planned):
+            return ScaledMerger(grid, stages_of(planned), planned.kernel_shape, target)
 
     def grid(self, planned: PlannedTensor) -> ScaleGrid:
         """The scales of a planned tensor's source, read."""
@@ -65,7 +66,7 @@ class Dequantisation:
 def _read(scale: StoredTensor) -> Array:
     raw = np.empty(scale.shape, SCALES[scale.dtype]).reshape(-1)
     with Reader(scale.path) as reader:
-        reader.read_into(memoryview(raw.view(np.uint8)), scale.offset)
+        reader.read_into(byte_view(raw), scale.offset)
     values = raw.astype(np.float64)
     if not np.isfinite(values).all():
         raise NonFiniteError(f"the scale {scale.name!r} is not finite", path=scale.path)

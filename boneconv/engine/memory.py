@@ -24,8 +24,10 @@ _PRODUCTS = 4_000_000
 #: Elements that are computed at a time, and the kernels' bytes for each.
 _CHUNK = 1 << 17
 _SUM_SCRATCH, _PRODUCT_SCRATCH = 22, 34
-#: A chunk of a float8 weight as float64, and what the general kernel makes of it.
-_DEQUANTISED = (1 << 16) * 8 + (1 << 15) * 160
+#: A chunk of a float8 weight, as float64 and float32 and on its way to 16 bits; where it is merged,
+#: what the general kernel makes of it too.
+_DEQUANTISED = (1 << 16) * 24
+_GENERAL = (1 << 15) * 160
 
 
 def predict_peak(plan: Plan, workers: int) -> int:
@@ -53,7 +55,7 @@ def _merge_bytes(tensor: PlannedTensor) -> int:
     stored = (SIZES[tensor.source.dtype] + SIZES[tensor.dtype]) // 8
     scratch = _CHUNK * (_PRODUCT_SCRATCH if multiplies else _SUM_SCRATCH)
     if tensor.source.dtype in FLOAT8S:
-        scratch += _DEQUANTISED
+        scratch += _DEQUANTISED + _GENERAL
     return in_chunk * stored + scratch + (_PRODUCTS if multiplies else 0) + _blocks(tensor)
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from boneconv.dtypes import FLOATS
 from boneconv.engine.compute import Desk, Leaves, Merger, do_segment
@@ -20,7 +17,7 @@ from boneconv.io.open_files import OpenFiles
 from boneconv.io.safetensors import StoredTensor
 from boneconv.kernels import RowMerger, Stage
 
-__all__ = ["Station", "Task", "new_merger", "row_merger"]
+__all__ = ["Station", "Task", "naming_block", "new_merger", "stages_of"]
 
 #: A segment, and the number of the shard that it belongs to.
 Task = tuple[int, Segment]
@@ -89,25 +86,17 @@ def new_merger(tensor: PlannedTensor, device: str = "cpu") -> Merger:
     """
     if tensor.kernel is not None:
         return tensor.kernel(tensor)
-    source = FLOATS[tensor.source.dtype]
-    if device == "cpu":
-        return row_merger(tensor, source)
-    from boneconv.kernels.torch_rows import TorchRowMerger
+    source, target = FLOATS[tensor.source.dtype], FLOATS[tensor.dtype]
+    with naming_block(tensor):
+        if device == "cpu":
+            return RowMerger(stages_of(tensor), tensor.matrix_shape, source, target)
+        from boneconv.kernels.torch_rows import TorchRowMerger
 
-    with _naming_block(tensor):
-        target = FLOATS[tensor.dtype]
-        return TorchRowMerger(
-            _stages(tensor), tensor.matrix_shape, source, target, device=device
-        )
+        return TorchRowMerger(stages_of(tensor), tensor.matrix_shape, source, target, device=device)
 
 
-def row_merger(tensor: PlannedTensor, source: np.dtype[Any]) -> RowMerger:
-    """What merges a planned tensor's updates into rows of a dtype; raises as `new_merger`."""
-    with _naming_block(tensor):
-        return RowMerger(_stages(tensor), tensor.matrix_shape, source, FLOATS[tensor.dtype])
-
-
-def _stages(tensor: PlannedTensor) -> list[Stage]:
+def stages_of(tensor: PlannedTensor) -> list[Stage]:
+    """The updates of a planned tensor, their blocks read."""
     return [
         Stage(u.block.variant, u.block.tensor.read(), u.block.axis, u.scale, u.residue)
         for u in tensor.updates
@@ -115,10 +104,13 @@ def _stages(tensor: PlannedTensor) -> list[Stage]:
 
 
 @contextmanager
-def _naming_block(tensor: PlannedTensor) -> Iterator[None]:
+def naming_block(tensor: PlannedTensor) -> Iterator[None]:
+    """Says whose block it is that an error speaks of."""
     try:
         yield
     except (NonFiniteError, ShapeError) as error:
+        if not tensor.updates:
+            raise
         block = tensor.updates[0].block.tensor
         path = block.path if isinstance(block, StoredTensor) else None
         raise error.restated(f"the block of {tensor.name!r}: {error.message}", path) from error

@@ -33,7 +33,8 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 _VARIANT_INDEX = "*.safetensors.index.*.json"
 _SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 #: torch's files, which loaders take where those above are absent.
-_TORCH_INDEX = "*pytorch_model*.bin.index*.json"
+_TORCH_INDEX = "*pytorch_model*.bin.index.json"
+_TORCH_VARIANT_INDEX = "*pytorch_model*.bin.index.*.json"
 _TORCH_SINGLE = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 _TORCH_VARIANT = "*pytorch_model.*.bin"
 
@@ -127,8 +128,10 @@ def _find_index(folder: Path) -> Path | None:
     found = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
     if not found and not has_single:
         found = sorted(folder.glob(_VARIANT_INDEX))
-    if not found and not has_single and not any((folder / n).is_file() for n in _TORCH_SINGLE):
-        found = _plain_first(folder.glob(_TORCH_INDEX), ".bin.index.json")
+    if not found and not has_single:
+        found = sorted(folder.glob(_TORCH_INDEX))
+        if not found and not any((folder / name).is_file() for name in _TORCH_SINGLE):
+            found = sorted(folder.glob(_TORCH_VARIANT_INDEX))
     if len(found) > 1:
         raise FormatError(
             f"several weight indexes: {listing([p.name for p in found])}",
@@ -147,12 +150,6 @@ def _find_index(folder: Path) -> Path | None:
     return found[0]
 
 
-def _plain_first(found: Iterable[Path], suffix: str) -> list[Path]:
-    """Files in order; those of a variant, such as fp16, only where there is nothing else."""
-    paths = sorted(found)
-    return [path for path in paths if path.name.endswith(suffix)] or paths
-
-
 def _single_weights(folder: Path) -> str:
     for name in (*_SINGLE_NAMES, *_TORCH_SINGLE):
         if (folder / name).is_file():
@@ -163,7 +160,7 @@ def _single_weights(folder: Path) -> str:
             return found[0]
         if found:
             raise FormatError(
-                f"several weight files and no index: {listing(found)}",
+                f"several {pattern.rpartition('.')[2]} files and no index: {listing(found)}",
                 path=folder,
                 expected=f"model.safetensors, or model{_INDEX_SUFFIX}",
             )

@@ -47,6 +47,7 @@ def load_mapped(path: Path) -> Mapping[Any, Any]:
 
     if not path.is_file():
         raise MissingPathError("no such file", path=path)
+    _refuse_legacy(path)
     check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -45,9 +45,7 @@ _WEIGHT_FOLDERS = ("onnx", "original", "openvino", "coreml")
 _NOT_THE_MODEL = (".git", ".cache", "__pycache__", ".gitattributes")
 
 _SINGLE = re.compile(r"(?P<stem>model|diffusion_pytorch_model)\.(?P<variant>\w+)\.safetensors")
-_INDEX = re.compile(
-    r"(?P<stem>.+)\.(?P<kind>safetensors|bin)\.index(?:\.(?P<variant>\w+))?\.json"
-)
+_INDEX = re.compile(r"(?P<stem>.+)\.(?P<kind>safetensors|bin)\.index(?:\.(?P<variant>\w+))?\.json")
 _TORCH = re.compile(r"(?P<stem>.+)\.bin(?P<index>\.index(?:\.\w+)?\.json)?")
 
 

@@ -208,11 +208,16 @@ class _Output:
         )
 
     def delta_job(self) -> DeltaJob:
-        """What a delta file is made from; raises UsageError for a pipeline."""
+        """What a delta file is made from; raises UsageError where there can be none."""
         if self.planned.is_pipeline:
             raise UsageError(
                 "a delta file restores one checkpoint, not components of a pipeline",
                 hint="Leave out --keep-delta, and keep the pipeline",
+            )
+        if self.planned.parts[0].dequantised.weights:
+            raise UsageError(
+                "a delta file cannot restore quantised weights, which a merge dequantises",
+                hint="Leave out --keep-delta, and keep the base",
             )
         return DeltaJob(
             self.planned.parts[0].checkpoint,

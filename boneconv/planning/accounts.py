@@ -7,51 +7,25 @@ the base ties are still equal.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
+from dataclasses import dataclass, field, replace
 
-from boneconv.adapter import Adapter
 from boneconv.digest import same_values
 from boneconv.dtypes import FLOATS
 from boneconv.engine.plan import Update
-from boneconv.errors import FormatError, NameMatchError, ShapeError, UsageError, listing
+from boneconv.errors import FormatError, NameMatchError, ShapeError, listing
 from boneconv.formats.native import check_homes
 from boneconv.io.checkpoint import Checkpoint
 from boneconv.io.safetensors import StoredTensor, Tensor
 from boneconv.names import Resolution, disk_name, resolve, tied_names, trained_on
 from boneconv.planning.config_edits import ConfigEdits
-from boneconv.planning.fit import check_block_fits, is_resize
+from boneconv.planning.fit import check_block_fits, check_resized, is_resize
+from boneconv.planning.lost import lost_error
+from boneconv.planning.quantised import Dequantised
+from boneconv.planning.strength import Strength
 
 __all__ = ["Accounts", "Addition", "Strength", "settle"]
 
-
-@dataclass(frozen=True)
-class Strength:
-    """An adapter and how strongly it is applied.
-
-    Attributes:
-        adapter: The adapter.
-        scale: S in ``W + S (W' - W)``.
-    """
-
-    adapter: Adapter
-    scale: float = 1.0
-
-    def factor(self) -> tuple[float, float]:
-        """The product with the adapter's own scale, exactly: a binary64 and what it lacks.
-
-        Raises:
-            UsageError: The product is too large or too small for that.
-        """
-        product = Fraction(self.scale) * Fraction(self.adapter.scale)
-        try:
-            high = float(product)
-            low = float(product - Fraction(high))
-        except OverflowError as error:
-            raise UsageError("the scale is too large", found=self.scale) from error
-        if Fraction(high) + Fraction(low) != product:
-            raise UsageError("the scale is too small", found=self.scale)
-        return high, low
+_AS_STORED = Dequantised()
 
 
 @dataclass(frozen=True)
@@ -98,8 +72,21 @@ class Accounts:
     notes: list[str] = field(default_factory=list)
 
 
-def settle(base: Checkpoint, config: ConfigEdits | None, adapters: Sequence[Strength]) -> Accounts:
+def settle(
+    base: Checkpoint,
+    config: ConfigEdits | None,
+    adapters: Sequence[Strength],
+    dequantised: Dequantised = _AS_STORED,
+    dtype: str | None = None,
+) -> Accounts:
     """Finds a home in the base for every tensor of every adapter.
+
+    Args:
+        base: The base.
+        config: Its configuration.
+        adapters: The adapters, in order.
+        dequantised: How its FP8 weights are dequantised.
+        dtype: The safetensors dtype that they are dequantised to.
 
     Raises:
         NameMatchError: Adapter tensors without a home in the base, or two for one.
@@ -108,11 +95,11 @@ def settle(base: Checkpoint, config: ConfigEdits | None, adapters: Sequence[Stre
     """
     accounts = Accounts()
     for strength in adapters:
-        _Settlement(base, config, strength, accounts).run()
+        _Settlement(base, config, strength, accounts, dequantised, dtype).run()
     both = set(accounts.updates) & set(accounts.replaced) - accounts.rebased
     if both:
         raise NameMatchError(f"both merged into and replaced: {listing(sorted(both))}")
-    _check_resize(base, accounts)
+    check_resized(base, accounts.resized, accounts.replaced)
     return accounts
 
 
@@ -120,9 +107,16 @@ class _Settlement:
     """One adapter's tensors finding their homes."""
 
     def __init__(
-        self, base: Checkpoint, config: ConfigEdits | None, strength: Strength, accounts: Accounts
+        self,
+        base: Checkpoint,
+        config: ConfigEdits | None,
+        strength: Strength,
+        accounts: Accounts,
+        dequantised: Dequantised,
+        dtype: str | None,
     ) -> None:
         self.base, self.config, self.accounts = base, config, accounts
+        self.dequantised, self.dtype = dequantised.weights, dtype
         #: The config.json that transformers can tell names by.
         self.naming = None if config is not None and config.is_diffusers else base.config
         self.adapter = strength.adapter
@@ -146,12 +140,13 @@ class _Settlement:
         stored = self._stored(homes)
         self.accounts.homes.append(stored)
         if self.adapter.is_native:
-            check_homes(self.adapter, stored)
+            check_homes(self.adapter, {n: self._as_merged(each) for n, each in stored.items()})
         lost = [name for name in homes.missing if not self._add(name)]
         if lost:
-            raise self._lost(lost)
+            raise lost_error(self.adapter, lost, self.base)
         for name, home in homes.found.items():
             self._use(name, home)
+        self._untie_stored(homes)
         self._keep_heads(homes)
 
     def _resolve(self) -> Resolution:
@@ -162,6 +157,17 @@ class _Settlement:
             architectures=self.classes,
         )
 
+    def _as_merged(self, stored: StoredTensor) -> StoredTensor:
+        """A tensor of the base with the dtype that it is dequantised to, if it is."""
+        if stored.name not in self.dequantised or self.dtype is None:
+            return stored
+        return replace(stored, dtype=self.dtype)
+
+    def _fit(self, name: str, weight: Tensor) -> None:
+        """Checks a block against its weight; raises as `check_block_fits`."""
+        known = weight.name in self.dequantised and weight is self.base.tensors[weight.name]
+        check_block_fits(self.blocks[name], weight, dequantised=known)
+
     def _stored(self, homes: Resolution) -> dict[str, StoredTensor]:
         """The base's tensors that the adapter names; a tied one's is the other's."""
         found = {name: self.base.tensors[home] for name, home in homes.found.items()}
@@ -169,12 +175,14 @@ class _Settlement:
         return found | {name: stored for name, stored in tied.items() if stored is not None}
 
     def _may_touch_ties(self, homes: Resolution) -> bool:
-        """Whether a tensor of the vocabulary's height is replaced in a model that may tie it."""
+        """Whether a tensor of the vocabulary's height is changed in a model that may tie it."""
         if self.config is None or self.config.says_untied:
             return False
         sizes = self.config.vocabulary_sizes()
         stored = (
-            self.base.tensors[homes.found[name]] for name in self.saved if name in homes.found
+            self.base.tensors[home]
+            for name, home in homes.found.items()
+            if name in self.saved or name in self.blocks
         )
         return any(len(tensor.shape) == 2 and tensor.shape[0] in sizes for tensor in stored)
 
@@ -207,7 +215,7 @@ class _Settlement:
                     path=self.adapter.weights,
                 )
             self.accounts.rebased.add(home)
-        check_block_fits(self.blocks[name], self.accounts.replaced.get(home, stored))
+        self._fit(name, self.accounts.replaced.get(home, stored))
         update = Update(self.blocks[name], self.scale, self.residue)
         self.accounts.updates.setdefault(home, []).append(update)
 
@@ -217,7 +225,7 @@ class _Settlement:
             self.accounts.updates.pop(home, None)
         elif home in self.accounts.replaced:
             raise NameMatchError(f"two adapters replace {home!r}", path=self.adapter.weights)
-        elif stored.dtype not in FLOATS:
+        elif stored.dtype not in FLOATS and home not in self.dequantised:
             raise FormatError(
                 f"the adapter replaces {home!r}, whose dtype is {stored.dtype}",
                 path=self.adapter.weights,
@@ -249,7 +257,7 @@ class _Settlement:
             self._check_tied_shape(name, stored)
             if name in self.blocks:
                 source = self.saved.get(name, stored)
-                check_block_fits(self.blocks[name], source)
+                self._fit(name, source)
                 update = Update(self.blocks[name], self.scale, self.residue)
                 self._untie(name, Addition(source, stored.name, (update,)))
             elif not self._equals_saved_source(name):
@@ -281,6 +289,21 @@ class _Settlement:
         that are absent and keeps those that differ, and T5 reads the setting as something else.
         """
         self._put(name, addition)
+        self._say_untied(name)
+
+    def _untie_stored(self, homes: Resolution) -> None:
+        """Says that heads are on their own that the base stores, and ties to what they equal."""
+        for name in self.ties:
+            if name not in homes.found or not (name in self.blocks or name in self.saved):
+                continue
+            kept = name not in self.blocks and (
+                self._equals_saved_source(name)
+                or same_values(self.saved[name], self.base.tensors[homes.found[name]])
+            )
+            if not kept:
+                self._say_untied(name)
+
+    def _say_untied(self, name: str) -> None:
         self.accounts.notes.append(f"{name} was tied to {self.ties[name]}; now it is on its own")
         if self.config is None or self.config.values.get("is_encoder_decoder"):
             return
@@ -349,43 +372,8 @@ class _Settlement:
         parents = name.split(".")[:-1]
         return any(_contains(parents, module.split(".")) for module in self.adapter.may_add)
 
-    def _lost(self, names: list[str]) -> NameMatchError:
-        return NameMatchError(
-            f"{len(names)} of its {len(self.blocks) + len(self.saved)} tensors have no home in "
-            f"the base: {listing(names)}",
-            path=self.adapter.weights,
-            found=f"in the base, for example, {listing(sorted(self.base.tensors)[:3])}",
-            hint="Is this the base that the adapter was trained on?",
-        )
-
 
 def _contains(parents: Sequence[str], module: Sequence[str]) -> bool:
     """Whether a module's name, one segment or more, stands somewhere in a tensor's path."""
     width = len(module)
     return any(list(parents[i : i + width]) == list(module) for i in range(len(parents)))
-
-
-def _check_resize(base: Checkpoint, accounts: Accounts) -> None:
-    """A resized vocabulary must reach the embedding and the head, or the model will not load."""
-    if len(accounts.resized) > 1:
-        raise ShapeError(f"the adapters resize to different sizes: {sorted(accounts.resized)}")
-    for old, _ in accounts.resized:
-        left = [n for n in _vocabulary_tensors(base, old) if n not in accounts.replaced]
-        if left:
-            raise ShapeError(
-                f"the vocabulary is resized, but {listing(left)} keeps {old} rows",
-                path=base.root,
-                hint="The adapter has to hold every resized tensor; save it with "
-                "save_embedding_layers=True",
-            )
-
-
-def _vocabulary_tensors(base: Checkpoint, rows: int) -> list[str]:
-    """Matrices of the vocabulary's height that stand outside the numbered layers."""
-    return [
-        name
-        for name, tensor in base.tensors.items()
-        if len(tensor.shape) == 2
-        and tensor.shape[0] == rows
-        and not any(segment.isdigit() for segment in name.split("."))
-    ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from boneconv.errors import ConfigError, FormatError
+from boneconv.errors import ConfigError
+from boneconv.io.quantised import refusal
 from boneconv.strict_json import read_object
 
 __all__ = ["ConfigEdits"]
@@ -45,18 +46,27 @@ class ConfigEdits:
         sizes = (part.get("vocab_size") for part in self._parts())
         return {size for size in sizes if isinstance(size, int)}
 
-    def refuse_quantised(self) -> None:
-        """Raises FormatError where the weights on disk are quantised."""
+    def quantisation(self) -> dict[str, Any] | None:
+        """What the configuration says of quantised weights; None where it says nothing."""
+        return next((part[key] for part, key in self._quantisations()), None)
+
+    def refuse_quantised(self, readable: Collection[str] = ()) -> None:
+        """Raises FormatError where the weights on disk are quantised, by a method not listed."""
+        for part, key in self._quantisations():
+            method = str(part[key].get("quant_method", "an unnamed method"))
+            if method not in readable:
+                raise refusal(method, self.path)
+
+    def remove_quantisation(self) -> None:
+        """Says nothing of quantised weights any more: they have been dequantised."""
+        for part, key in list(self._quantisations()):
+            del part[key]
+
+    def _quantisations(self) -> Iterator[tuple[dict[str, Any], str]]:
         for part in self._parts():
-            quantisation = part.get("quantization_config")
-            if isinstance(quantisation, dict):
-                method = quantisation.get("quant_method", "an unnamed method")
-                raise FormatError(
-                    f"the base is quantised ({method!r}): adapters merge into floating weights",
-                    path=self.path,
-                    hint="Merge into the full-precision checkpoint that it was quantised from, "
-                    "then quantise the result",
-                )
+            for key in ("quantization_config", "compression_config"):
+                if isinstance(part.get(key), dict):
+                    yield part, key
 
     @property
     def says_untied(self) -> bool:

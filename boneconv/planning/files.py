@@ -60,12 +60,13 @@ def _plan_index(
     texts: dict[PurePosixPath, bytes],
 ) -> None:
     """An index for several files, or for one where the base had one."""
-    kept_index = base.index_name is not None and shards[0].name in base.shards
+    own_names = {base.written_name(name) for name in base.shards}
+    kept_index = base.index_name is not None and shards[0].name in own_names
     if len(shards) == 1 and not kept_index:
         return
     content = encode_index(base, shards)
     if content is None and base.index_name is not None:
         copies[PurePosixPath(base.index_name)] = base.root / base.index_name
     elif content is not None:
-        name = base.index_name or index_of(next(iter(base.shards)))
-        texts[PurePosixPath(name)] = content
+        name = base.index_name or index_of(base.written_name(next(iter(base.shards))))
+        texts[PurePosixPath(base.written_name(name))] = content

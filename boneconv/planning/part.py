@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from boneconv.dtypes import cli_name
 from boneconv.engine.plan import Plan
+from boneconv.errors import listing
 from boneconv.formats import read_adapter
 from boneconv.io.checkpoint import Checkpoint
 from boneconv.io.hub import ADAPTER, Source, locate
@@ -14,6 +16,7 @@ from boneconv.planning.accounts import Accounts, Strength, settle
 from boneconv.planning.config_edits import ConfigEdits
 from boneconv.planning.files import plan_files, tokenizer_files
 from boneconv.planning.options import Options, PathLike
+from boneconv.planning.quantised import Dequantised, plan_dequantisation
 from boneconv.planning.shards import plan_shards
 
 __all__ = ["Part", "plan_part"]
@@ -29,6 +32,7 @@ class Part:
         adapters: Where each adapter came from, in order.
         strengths: The adapters, and how strongly each is applied.
         accounts: What happens to each tensor, and why.
+        dequantised: What is known of its FP8 weights.
         plan: Its tensors and files, named as the output has them.
     """
 
@@ -37,11 +41,14 @@ class Part:
     adapters: tuple[Source, ...]
     strengths: tuple[Strength, ...]
     accounts: Accounts
+    dequantised: Dequantised
     plan: Plan
 
     def notes(self) -> Iterator[str]:
         """What the user should know."""
-        for text in self.accounts.notes:
+        dequantised = self.dequantised.note()
+        own = [*_written_anew(self.checkpoint), *([] if dequantised is None else [dequantised])]
+        for text in (*own, *self.accounts.notes):
             yield text if self.component is None else f"{self.component}: {text}"
         for source, strength in zip(self.adapters, self.strengths, strict=True):
             if unknown := strength.adapter.config.unknown:
@@ -68,24 +75,42 @@ def plan_part(
     sources = tuple(locate(given, ADAPTER) for given in adapters)
     strengths = tuple(Strength(read_adapter(source.path), options.scale) for source in sources)
     config = _config(checkpoint)
-    accounts = settle(checkpoint, config, strengths)
+    dequantised = plan_dequantisation(checkpoint, config, options.dtype)
+    accounts = settle(checkpoint, config, strengths, dequantised, options.dtype)
     shards = plan_shards(
-        checkpoint, accounts, dtype=options.dtype, max_shard_size=options.max_shard_size
+        checkpoint,
+        accounts,
+        dequantised,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
     )
     _edit_config(config, accounts, options)
     if component is not None:
         plan = plan_files(checkpoint, shards, config, {}).inside(component)
     else:
         plan = plan_files(checkpoint, shards, config, tokenizer_files(strengths))
-    return Part(component, checkpoint, sources, strengths, accounts, plan)
+    return Part(component, checkpoint, sources, strengths, accounts, dequantised, plan)
 
 
 def _config(base: Checkpoint) -> ConfigEdits | None:
     if base.config is None or base.single_file:
         return None
-    config = ConfigEdits(base.config)
-    config.refuse_quantised()
-    return config
+    return ConfigEdits(base.config)
+
+
+def _written_anew(base: Checkpoint) -> Iterator[str]:
+    """What becomes of a folder of torch's files."""
+    torch = [name for name in base.shards if base.written_name(name) != name]
+    if not torch:
+        return
+    yield f"written as safetensors: {listing(torch)}"
+    places: dict[tuple[Path, int, int], list[str]] = {}
+    for tensor in base.tensors.values():
+        if tensor.nbytes:
+            places.setdefault((tensor.path, tensor.offset, tensor.nbytes), []).append(tensor.name)
+    shared = [", ".join(names) for names in places.values() if len(names) > 1]
+    if shared:
+        yield f"written under each of their names, which share one tensor: {listing(shared)}"
 
 
 def _edit_config(config: ConfigEdits | None, accounts: Accounts, options: Options) -> None:

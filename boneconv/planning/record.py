@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from boneconv import __version__
+from boneconv.engine.dequantise import Dequantisation
 from boneconv.engine.plan import RECORD_NAME, Action, Plan
 from boneconv.engine.stream import ShardDigests, TensorDigests
 from boneconv.io.hub import Source
@@ -79,9 +80,15 @@ def encode_record(
     """
     tensors: dict[str, Any] = {}
     for name, tensor in plan.named.items():
-        entry = {"action": str(tensor.action), "digest": digests[name].output}
+        entry: dict[str, Any] = {"action": str(tensor.action), "digest": digests[name].output}
         if tensor.action is Action.MERGE:
             entry["base_digest"] = digests[name].base or ""
+        if isinstance(tensor.kernel, Dequantisation):
+            scale = tensor.kernel.scale
+            entry["dequantised"] = {
+                "dtype": tensor.source.dtype,
+                "scale": None if scale is None else scale.name,
+            }
         tensors[name] = entry
     record = {
         "boneconv": __version__,

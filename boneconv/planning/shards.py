@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from boneconv.dtypes import FLOATS
@@ -16,9 +17,13 @@ from boneconv.io.checkpoint import Checkpoint
 from boneconv.io.safetensors import SafetensorsFile
 from boneconv.io.weight_files import single_of
 from boneconv.planning.accounts import Accounts, Addition
+from boneconv.planning.quantised import Dequantised
 
 __all__ = ["encode_index", "parse_size", "plan_shards"]
 
+#: What loaders want to find in the header of a file that holds torch's tensors.
+_METADATA = {"format": "pt"}
+_AS_STORED = Dequantised()
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)([iI]?)[bB]?")
 
 
@@ -35,28 +40,48 @@ def parse_size(text: str) -> int:
 
 
 def plan_shards(
-    base: Checkpoint, accounts: Accounts, *, dtype: str | None, max_shard_size: int | None
+    base: Checkpoint,
+    accounts: Accounts,
+    dequantised: Dequantised = _AS_STORED,
+    *,
+    dtype: str | None,
+    max_shard_size: int | None,
 ) -> tuple[PlannedShard, ...]:
     """Plans the weight files.
 
     Args:
         base: The base.
         accounts: What happens to its tensors.
+        dequantised: How its FP8 weights are dequantised.
         dtype: The safetensors dtype of every floating tensor; None to keep each one's own.
         max_shard_size: The most bytes of tensors in one file; None to keep the base's files. A
             tensor that is larger has a file of its own.
     """
+    gone = set(dequantised.dropped)
     planned = {
-        shard: [_planned(base, accounts, name, dtype) for name in base.shards[shard].tensors]
+        shard: [
+            _planned(base, accounts, name, dtype, dequantised=name in dequantised.weights)
+            for name in base.shards[shard].tensors
+            if name not in gone
+        ]
         for shard in base.shards
     }
     for name, addition in accounts.added.items():
         home = base.shard_of[addition.beside] if addition.beside else list(base.shards)[-1]
-        planned[home].append(_added(base, name, addition, dtype))
+        eight = addition.beside in dequantised.weights
+        planned[home].append(_added(base, name, addition, dtype, dequantised=eight))
+    planned = {
+        shard: [_dequantising(tensor, base, dequantised) for tensor in tensors]
+        for shard, tensors in planned.items()
+    }
     if max_shard_size is not None:
         everything = [tensor for tensors in planned.values() for tensor in tensors]
         return _split(base, everything, max_shard_size)
-    return tuple(_same_file(base.shards[name], name, tensors) for name, tensors in planned.items())
+    return tuple(
+        _same_file(base.shards[name], base.written_name(name), tensors)
+        for name, tensors in planned.items()
+        if tensors or not gone.intersection(base.shards[name].tensors)
+    )
 
 
 def encode_index(base: Checkpoint, shards: Iterable[PlannedShard]) -> bytes | None:
@@ -78,9 +103,11 @@ def encode_index(base: Checkpoint, shards: Iterable[PlannedShard]) -> bytes | No
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _planned(base: Checkpoint, accounts: Accounts, name: str, dtype: str | None) -> PlannedTensor:
+def _planned(
+    base: Checkpoint, accounts: Accounts, name: str, dtype: str | None, *, dequantised: bool
+) -> PlannedTensor:
     stored = base.tensors[name]
-    target = _target(stored.dtype, dtype)
+    target = _target(stored.dtype, dtype, dequantised=dequantised)
     source = accounts.replaced.get(name, stored)
     if name in accounts.updates:
         return PlannedTensor(name, target, Action.MERGE, source, tuple(accounts.updates[name]))
@@ -92,16 +119,30 @@ def _planned(base: Checkpoint, accounts: Accounts, name: str, dtype: str | None)
     return PlannedTensor(name, target, action, stored)
 
 
-def _added(base: Checkpoint, name: str, addition: Addition, dtype: str | None) -> PlannedTensor:
+def _added(
+    base: Checkpoint, name: str, addition: Addition, dtype: str | None, *, dequantised: bool
+) -> PlannedTensor:
     like = base.tensors[addition.beside].dtype if addition.beside else _usual_dtype(base)
     if addition.keeps_dtype:
         like = addition.source.dtype
     action = Action.MERGE if addition.updates else Action.ADD
-    return PlannedTensor(name, _target(like, dtype), action, addition.source, addition.updates)
+    target = _target(like, dtype, dequantised=dequantised)
+    return PlannedTensor(name, target, action, addition.source, addition.updates)
 
 
-def _target(stored: str, wanted: str | None) -> str:
-    return wanted if wanted is not None and stored in FLOATS else stored
+def _target(stored: str, wanted: str | None, *, dequantised: bool = False) -> str:
+    is_float = stored in FLOATS or dequantised
+    return wanted if wanted is not None and is_float else stored
+
+
+def _dequantising(
+    planned: PlannedTensor, base: Checkpoint, dequantised: Dequantised
+) -> PlannedTensor:
+    """The tensor with what dequantises its source, where that is an FP8 weight of the base."""
+    how = dequantised.weights.get(planned.source.name)
+    if how is None or planned.source is not base.tensors[planned.source.name]:
+        return planned
+    return replace(planned, kernel=how, reads=() if how.scale is None else (how.scale,))
 
 
 def _usual_dtype(base: Checkpoint) -> str:
@@ -112,7 +153,10 @@ def _usual_dtype(base: Checkpoint) -> str:
 
 def _same_file(old: SafetensorsFile, name: str, tensors: list[PlannedTensor]) -> PlannedShard:
     """The base's file with other values; its header byte for byte where nothing in it changes."""
-    if old.data_start == 0 or [(t.name, t.dtype, t.shape) for t in tensors] != [
+    if old.data_start == 0:
+        metadata = old.metadata if name == old.path.name else _METADATA
+        return PlannedShard.lay_out(name, tensors, metadata)
+    if [(t.name, t.dtype, t.shape) for t in tensors] != [
         (t.name, t.dtype, t.shape) for t in old.tensors.values()
     ]:
         return PlannedShard.lay_out(name, tensors, old.metadata)
@@ -129,7 +173,8 @@ def _split(base: Checkpoint, tensors: list[PlannedTensor], limit: int) -> tuple[
         groups[-1].append(tensor)
         size += tensor.nbytes
     stem = _stem(base)
-    metadata = next(iter(base.shards.values())).metadata
+    first = next(iter(base.shards.values()))
+    metadata = _METADATA if first.data_start == 0 and not base.single_file else first.metadata
     names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     if len(groups) == 1:
         names = [f"{stem}.safetensors"]
@@ -142,7 +187,7 @@ def _split(base: Checkpoint, tensors: list[PlannedTensor], limit: int) -> tuple[
 def _stem(base: Checkpoint) -> str:
     """``model`` or ``diffusion_pytorch_model``: what the base's own files begin with."""
     first = single_of(base.index_name) if base.index_name else next(iter(base.shards))
-    return first.removesuffix(".safetensors")
+    return base.written_name(first).removesuffix(".safetensors")
 
 
 def _new_parameters(base: Checkpoint, shards: Iterable[PlannedShard]) -> int:

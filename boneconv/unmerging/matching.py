@@ -24,6 +24,8 @@ from boneconv.unmerging.records import MergeRecord
 
 __all__ = ["Merged", "find_updates", "listing_in_order", "read_adapters"]
 
+_DEQUANTISED = "dequantised"
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -116,7 +118,9 @@ def find_updates(
         raise InputError(
             f"these tensors of the base are lost: {'; '.join(reasons)}",
             path=merged.root,
-            hint="Give the --delta file that `boneconv merge --keep-delta` wrote",
+            hint="Take the base itself: no merge restores quantised weights"
+            if _DEQUANTISED in lost
+            else "Give the --delta file that `boneconv merge --keep-delta` wrote",
         )
     if record is not None:
         _check_record(record, merged, found)
@@ -164,7 +168,9 @@ def _lost_by_record(record: MergeRecord, found: _Found) -> dict[str, set[str]]:
     for name, tensor in record.tensors.items():
         values[tensor.base_digest or tensor.digest].add(name)
     for name, tensor in record.tensors.items():
-        if tensor.action is Action.REPLACE:
+        if tensor.dequantised:
+            lost[_DEQUANTISED].add(name)
+        elif tensor.action is Action.REPLACE:
             lost["replaced"].add(name)
         elif tensor.action is Action.ADD:
             lost["added by the adapter"].add(name)

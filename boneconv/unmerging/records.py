@@ -47,11 +47,13 @@ class TensorRecord:
         action: Where its values came from.
         digest: Its digest.
         base_digest: The digest of what was merged into, where it was merged.
+        dequantised: Whether the base had it quantised.
     """
 
     action: Action
     digest: str
     base_digest: str | None
+    dequantised: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,12 @@ def read_record(merged: Path) -> MergeRecord | None:
 
 
 def _tensor(entry: Mapping[str, Any]) -> TensorRecord:
-    return TensorRecord(Action(entry["action"]), str(entry["digest"]), entry.get("base_digest"))
+    return TensorRecord(
+        Action(entry["action"]),
+        str(entry["digest"]),
+        entry.get("base_digest"),
+        "dequantised" in entry,
+    )
 
 
 def encode_record(

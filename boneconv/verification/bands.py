@@ -13,7 +13,8 @@ from boneconv.kernels import Stage
 from boneconv.kernels.stage import Array, is_bat, rank_of
 from boneconv.verification.alternatives import expected
 from boneconv.verification.measures import Measures
-from boneconv.verification.samples import Run, tensor_rows
+from boneconv.verification.pairs import source_rows
+from boneconv.verification.samples import Run
 
 __all__ = ["Band", "bands_of", "compare_updates"]
 
@@ -42,7 +43,7 @@ def bands_of(planned: PlannedTensor, stages: Sequence[Stage]) -> Iterator[Band]:
     step = unit * max(1, _BAND_ELEMENTS // max(1, columns * unit))
     for first in range(0, rows, step):
         count = min(step, rows - first)
-        base = tensor_rows(planned.source, first, count, columns)
+        base = source_rows(planned, first, count)
         wide = base.astype(np.float64)
         update = expected(Run(first, base, base), stages) - wide
         yield Band(slice(first, first + count), wide, update)

@@ -19,7 +19,7 @@ from boneconv.kernels import Stage
 from boneconv.kernels.stage import Array, rank_of
 from boneconv.verification.alternatives import Alternative, alternatives, expected
 from boneconv.verification.measures import Measures
-from boneconv.verification.pairs import Pair, stages_of
+from boneconv.verification.pairs import Pair, source_rows, stages_of
 from boneconv.verification.samples import Run, runs_of, tensor_rows
 from boneconv.verification.ulps import rounded
 
@@ -210,7 +210,7 @@ def _is_transposed(pair: Pair, stages: Sequence[Stage]) -> bool:
     if held.nbytes > _TRANSPOSED_BYTES:
         return False
     count = min(rows, rank_of(stages[0]) if stages else 4)
-    base = tensor_rows(pair.planned.source, 0, count, columns)
+    base = source_rows(pair.planned, 0, count)
     want = expected(Run(0, base, base), stages) if stages else base.astype(np.float64)
     found = _first_columns(held, count)
     target = FLOATS[held.dtype]

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import blake3
 import numpy as np
 
-from boneconv.dtypes import FLOATS
+from boneconv.dtypes import F64, FLOAT8S, FLOATS
 from boneconv.engine.compute import Desk
+from boneconv.engine.dequantise import Dequantisation
 from boneconv.engine.plan import Action, PlannedShard, PlannedTensor
 from boneconv.engine.segments import Segment, segments_of
 from boneconv.engine.workers import Place
@@ -18,6 +19,7 @@ from boneconv.io.files import Reader
 from boneconv.io.open_files import OpenFiles
 from boneconv.io.safetensors import StoredTensor, Tensor, byte_view
 from boneconv.kernels import RowMerger, Stage, cast_rows
+from boneconv.kernels.scaled import ScaleGrid
 from boneconv.kernels.stage import Array
 from boneconv.verification.compare import compare_chunk, compare_merged
 from boneconv.verification.measures import Measures
@@ -32,6 +34,7 @@ __all__ = [
     "comparable",
     "like",
     "read_rows",
+    "source_rows",
     "stages_of",
     "tasks_of",
 ]
@@ -127,6 +130,36 @@ def read_rows(
     return rows
 
 
+def source_rows(planned: PlannedTensor, first: int, count: int) -> Array:
+    """Consecutive rows of what a planned tensor is computed from, as an array of their own.
+
+    Args:
+        planned: The tensor; FP8 weights are dequantised to float64.
+        first: The first row.
+        count: How many.
+    """
+    shape = (count, planned.matrix_shape[1])
+    source = planned.source
+    if not isinstance(source, StoredTensor):
+        return read_rows(source, None, first, shape, None)
+    with Reader(source.path) as reader:
+        if isinstance(planned.kernel, Dequantisation):
+            grid = planned.kernel.grid(planned)
+            lines = shape[1] // max(1, grid.columns)  # of a stacked weight, all are in one row
+            rows = np.empty((count * lines, grid.columns), F64)
+            return _dequantised(source, grid, reader, first * lines, rows).reshape(shape)
+        return read_rows(source, reader, first, shape, None)
+
+
+def _dequantised(
+    source: StoredTensor, grid: ScaleGrid, reader: Reader, first: int, into: Array
+) -> Array:
+    eights = np.empty(into.shape, FLOAT8S[source.dtype])
+    reader.read_into(byte_view(eights), source.offset + first * into.shape[1])
+    grid.dequantise(eights, first, into)
+    return into
+
+
 class Worker(OpenFiles):
     """Compares segments, one after the other; a context manager.
 
@@ -142,6 +175,7 @@ class Worker(OpenFiles):
         self._merger: RowMerger | None = None
         self._reach: Reach | None = None
         self._unexplained = 0
+        self._scaled: tuple[PlannedTensor, ScaleGrid] | None = None
 
     def __call__(self, place: Place) -> Part:
         """Compares a segment."""
@@ -163,7 +197,7 @@ class Worker(OpenFiles):
         step = merger.preferred_rows()
         for first, count in _chunks(segment, step):
             shape = (count, segment.row_elements)
-            rows = self._read(planned.source, first, shape, "rows")
+            rows = self._read_source(planned, first, shape)
             have = self._read(held, first, shape, "have")
             want = self._desk.array("want", shape, FLOATS[planned.dtype])
             merger.merge(rows, first, want, self._desk.scratch)
@@ -179,16 +213,17 @@ class Worker(OpenFiles):
         segment, planned, held = task.segment, task.pair.planned, task.pair.held
         found, heads = Measures(), None
         dtype = FLOATS[planned.dtype]
-        for first, count in _chunks(segment, _CHUNK_BYTES // dtype.itemsize):
-            rows = self._read(planned.source, first, (count, 1), "rows")
-            have = self._read(held, first, (count, 1), "have")
+        columns = segment.row_elements
+        for first, count in _chunks(segment, max(1, _CHUNK_BYTES // dtype.itemsize // columns)):
+            rows = self._read_source(planned, first, (count, columns))
+            have = self._read(held, first, (count, columns), "have")
             want = rows
             if rows.dtype != dtype:
                 want = self._desk.array("want", rows.shape, dtype)
                 cast_rows(rows, dtype, want, self._desk.scratch)
             if first == 0:
                 heads = Heads(_digest(want), _digest(have))
-            found += compare_chunk(want, have, first)
+            found += compare_chunk(want, have, first * columns)
         return Part(found, heads)
 
     def _bytes(self, task: Task) -> Part:
@@ -212,7 +247,8 @@ class Worker(OpenFiles):
         if self._at is not planned or self._merger is None or self._reach is None:
             self._merger = self._reach = None
             stages = stages_of(planned)
-            source, target = FLOATS[planned.source.dtype], FLOATS[planned.dtype]
+            source = FLOATS.get(planned.source.dtype, F64)  # dequantised where it is none
+            target = FLOATS[planned.dtype]
             try:
                 self._merger = RowMerger(stages, planned.matrix_shape, source, target)
             except (NonFiniteError, ShapeError) as error:
@@ -222,6 +258,17 @@ class Worker(OpenFiles):
             self._reach = Reach(stages, target)
             self._at, self._unexplained = planned, 0
         return self._merger, self._reach
+
+    def _read_source(self, planned: PlannedTensor, first: int, shape: tuple[int, int]) -> Array:
+        """Rows of what a planned tensor is computed from, dequantised where that is FP8."""
+        if not isinstance(planned.kernel, Dequantisation):
+            return self._read(planned.source, first, shape, "rows")
+        if self._scaled is None or self._scaled[0] is not planned:
+            self._scaled = planned, planned.kernel.grid(planned)
+        rows = self._desk.array("rows", shape, F64)
+        assert isinstance(planned.source, StoredTensor)
+        reader = self.reader(planned.source.path)
+        return _dequantised(planned.source, self._scaled[1], reader, first, rows)
 
     def _read(self, tensor: Tensor, first: int, shape: tuple[int, int], use: str) -> Array:
         if not isinstance(tensor, StoredTensor):

@@ -13,7 +13,7 @@ from boneconv.io.files import Reader
 from boneconv.io.safetensors import StoredTensor, Tensor
 from boneconv.kernels import Stage
 from boneconv.kernels.stage import Array, is_bat, rank_of
-from boneconv.verification.pairs import Pair, read_rows
+from boneconv.verification.pairs import Pair, read_rows, source_rows
 
 __all__ = ["Run", "cut", "runs_of", "tensor_rows"]
 
@@ -53,7 +53,7 @@ def runs_of(pair: Pair, stages: Sequence[Stage], around: Sequence[int]) -> list[
     return [
         Run(
             first,
-            tensor_rows(pair.planned.source, first, min(count, rows - first), columns),
+            source_rows(pair.planned, first, min(count, rows - first)),
             tensor_rows(pair.held, first, min(count, rows - first), columns),
         )
         for first in dict.fromkeys(chosen)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from boneconv.digest import file_digest
-from boneconv.dtypes import FLOATS, cli_name
+from boneconv.dtypes import FLOAT8S, FLOATS, cli_name
 from boneconv.errors import UsageError
 from boneconv.io.safetensors import Tensor
 from boneconv.planning.plan import MergePlan
@@ -120,7 +120,11 @@ def _recorded_scale(record: Mapping[str, Any]) -> float | None:
 
 def _dtype_of(base: Mapping[str, Tensor], candidate: Mapping[str, Tensor]) -> str:
     """The one dtype of all, where it is not what each tensor of the base has; else ``keep``."""
-    shared = [name for name in candidate if name in base and base[name].dtype in FLOATS]
+    shared = [
+        name
+        for name in candidate
+        if name in base and (base[name].dtype in FLOATS or base[name].dtype in FLOAT8S)
+    ]
     kept = sum(candidate[name].dtype == base[name].dtype for name in shared)
     counts = Counter(t.dtype for t in candidate.values() if t.dtype in FLOATS)
     if kept == len(shared) or len(counts) != 1:

@@ -285,7 +285,7 @@ CASES: dict[str, Case] = {
         lambda: Path(BLOCKS).unlink(), ADAPTER, ("weights are missing", "adapter_model.safetensors")
     ),
     "no base weights": Case(
-        lambda: Path(WEIGHTS).rename("base/pytorch_model.bin"),
+        lambda: Path(WEIGHTS).rename("base/tf_model.h5"),
         BASE,
         ("holds no safetensors weights", "save_pretrained"),
     ),

@@ -245,8 +245,8 @@ def test_several_files_and_no_index(tmp_path: Path) -> None:
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"holds no safetensors weights.*found no weights"):
         open_checkpoint(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(FormatError, match=r"found pytorch_model\.bin\. Load the model and save it"):
+    (tmp_path / "tf_model.h5").write_bytes(b"x")
+    with pytest.raises(FormatError, match=r"found tf_model\.h5\. Load the model and save it"):
         open_checkpoint(tmp_path)
 
 
