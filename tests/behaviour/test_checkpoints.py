@@ -227,6 +227,7 @@ def test_a_candidate_of_another_size_fails(tiny_case: TinyCase, tmp_path: Path) 
     assert found.status is BehaviourStatus.FAIL
 
 
+@pytest.mark.slow
 def test_a_reference_in_float32_where_float64_does_not_fit(
     tiny_case: TinyCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +246,7 @@ def test_a_reference_in_float32_where_float64_does_not_fit(
     assert said[0].startswith("comparing logits needs about ")
 
 
+@pytest.mark.slow
 def test_other_adapters_made_of_it(tiny_case: TinyCase, tmp_path: Path) -> None:
     from boneconv.conversion import convert
 

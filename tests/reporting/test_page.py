@@ -231,6 +231,7 @@ def test_a_name_cannot_run_even_where_it_is_not_escaped(browser: Browser, tmp_pa
     context.close()
 
 
+@pytest.mark.slow
 def test_thousands_of_tensors_are_sorted_at_once(browser: Browser, tmp_path: Path) -> None:
     with opened(browser, written(tmp_path, honest(250))) as page:
         assert page.locator("#shown").inner_text() == "2,000 tensors"

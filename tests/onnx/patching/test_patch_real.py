@@ -46,6 +46,7 @@ def _answers_as_peft(case: tiny.Case, tmp_path: Path, **how: Any) -> None:
     assert np.abs(tiny.base_logits(case).numpy() - expected).max() > 100 * NEAR
 
 
+@pytest.mark.slow
 def test_a_language_model_whose_weights_were_transposed(
     tiny_case: TinyCase, tmp_path: Path
 ) -> None:
@@ -56,6 +57,7 @@ def test_an_encoder_whose_graph_holds_its_weights(tiny_case: TinyCase, tmp_path:
     _answers_as_peft(tiny_case("bert"), tmp_path, external=False)
 
 
+@pytest.mark.slow
 def test_a_head_that_shared_its_weights_with_the_embedding_gets_its_own(
     tiny_case: TinyCase, tmp_path: Path
 ) -> None:

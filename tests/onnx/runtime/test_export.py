@@ -92,7 +92,7 @@ def neox(tiny_case: TinyCase, tmp_path_factory: pytest.TempPathFactory) -> Model
     return make_model("gpt-neox", tiny_case, tmp_path_factory.mktemp("neox"), external=True)
 
 
-@pytest.fixture(params=["llama", "neox"])
+@pytest.fixture(params=["llama", pytest.param("neox", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest) -> Model:
     found = request.getfixturevalue(request.param)
     assert isinstance(found, Model)

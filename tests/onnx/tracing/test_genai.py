@@ -71,6 +71,7 @@ def test_the_runtime_says_what_torch_says(merged: Path, out: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_model_that_the_builder_does_not_know_is_refused_with_its_reason(
     tiny_case: TinyCase, merged: Path, out: Path
 ) -> None:

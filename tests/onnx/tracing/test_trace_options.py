@@ -70,6 +70,7 @@ def opset(summary: TraceSummary) -> int:
     return summary.opset
 
 
+@pytest.mark.slow
 def test_half_precision_weights(tiny_case: TinyCase, out: Path) -> None:
     case = tiny_case("vit")
     summary = trace_graph(case.base, out, dtype="float16")
@@ -128,6 +129,7 @@ def test_what_lies_beside_the_weights_comes_along(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_task_drops_the_weights_it_has_no_use_for(copied: Copy, out: Path) -> None:
     base = copied("bert")
     add_tensor(base, "bert.embeddings.position_ids", np.arange(64)[None])
