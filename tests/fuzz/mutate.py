@@ -25,7 +25,7 @@ Case = dict[str, bytes]
 LARGEST = 1 << 16
 
 #: What the library raises for archives that an earlier change damaged.
-_DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError)
+_DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError)
 
 _RAW, _TWICE = "@raw:", "@twice:"
 
