@@ -52,6 +52,15 @@ def run_shell(script: str, folder: Path) -> str:
     return done.stdout
 
 
+def test_links_lead_somewhere() -> None:
+    titles = re.findall(r"^#+ (.*)$", README, re.M)
+    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    for target in re.findall(r"\]\((?!https?:)([^)]*)\)", README):
+        file, _, anchor = target.partition("#")
+        assert (ROOT / file).exists(), target
+        assert not anchor or anchor in anchors, target
+
+
 def test_every_shell_block_is_run_by_a_test() -> None:
     shown = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
     sections = ("Try it", *RUN, "Run the tests")
