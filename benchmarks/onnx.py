@@ -28,7 +28,7 @@ KINDS = ("torch", "torch-optimized", "exporter", "exporter-fused", "genai-fp32",
 ALLOWANCE = 150e6
 
 CHILD = """
-import json, resource, sys, time
+import json, pathlib, re, resource, sys, time
 start = time.perf_counter()
 from boneconv import export_onnx
 base, adapter, out, graph = sys.argv[1:]
@@ -36,7 +36,9 @@ export_onnx(base, adapter, out, graph=graph or None)
 wall = time.perf_counter() - start
 own, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 cpu = own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime
-print(json.dumps({"seconds": wall, "cpu": cpu, "bytes": own.ru_maxrss * 1024}))
+status = pathlib.Path("/proc/self/status").read_text()  # ru_maxrss counts the parent's too
+peak = int(re.search(r"VmHWM:\\s*(\\d+) kB", status)[1]) * 1024
+print(json.dumps({"seconds": wall, "cpu": cpu, "bytes": peak}))
 """
 
 
