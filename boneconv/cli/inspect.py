@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_LAYER = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
+_LAYER = re.compile(r"^(.*?)\.(\d{1,9})\.(.+)$")
 
 
 @click.command("inspect", short_help="Show what an adapter or a checkpoint holds.")

@@ -16,7 +16,7 @@ from boneconv.digest import file_digest
 from boneconv.engine.plan import RECORD_NAME, Plan
 from boneconv.errors import BoneconvError, listing
 from boneconv.io.weight_files import is_weight_copy
-from boneconv.strict_json import parse_object
+from boneconv.strict_json import MAX_BYTES, parse_object, read_object
 from boneconv.verification.candidate import Candidate
 from boneconv.verification.report import FileReport, Status
 
@@ -124,7 +124,7 @@ def _strangers(root: Path, own: set[str]) -> Iterator[FileReport]:
 
 def _same(path: Path, expected: Path | bytes) -> bool:
     if isinstance(expected, bytes):
-        return path.read_bytes() == expected
+        return path.stat().st_size == len(expected) and path.read_bytes() == expected
     if path.stat().st_size != expected.stat().st_size:
         return False
     return file_digest(path) == file_digest(expected)
@@ -136,7 +136,8 @@ def _bytes(expected: Path | bytes) -> bytes:
 
 def _same_json(expected: bytes, path: Path) -> bool:
     try:
-        return bool(json.loads(expected) == json.loads(path.read_bytes()))
+        large = path.stat().st_size > MAX_BYTES
+        return not large and bool(json.loads(expected) == json.loads(path.read_bytes()))
     except (ValueError, RecursionError):
         return False
 
@@ -144,7 +145,7 @@ def _same_json(expected: bytes, path: Path) -> bool:
 def _config_differences(expected: bytes, path: Path) -> list[str]:
     """Settings that a configuration says otherwise, or fails to say."""
     try:
-        found = parse_object(path.read_bytes(), path)
+        found = read_object(path)
         wanted = parse_object(expected, path)
     except BoneconvError as error:
         return [error.message]
