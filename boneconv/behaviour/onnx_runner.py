@@ -17,6 +17,7 @@ from boneconv.behaviour.loading import first_line
 from boneconv.behaviour.measures import Answers
 from boneconv.behaviour.prompts import Question
 from boneconv.errors import UsageError
+from boneconv.strict_json import read_object
 
 __all__ = ["GraphRunner"]
 
@@ -75,6 +76,7 @@ class GraphRunner:
         self._inputs = {each.name: each for each in self._session.get_inputs()}
         self.outputs = tuple(each.name for each in self._session.get_outputs())
         self._past = {name: each for name, each in self._inputs.items() if "past" in name}
+        self._head_size = _head_size(path.parent)
         strange = [n for n in self._inputs if n not in _KNOWN and n not in self._past]
         if strange:
             raise UsageError(
@@ -146,7 +148,7 @@ class GraphRunner:
             if name in past:
                 return past[name]
             shape = [size if isinstance(size, int) else 0 for size in given.shape]
-            return np.zeros((1, *shape[1:]), dtype)
+            return np.zeros((1, *shape[1:-1], shape[-1] or self._head_size), dtype)
         tokens = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         if name == "attention_mask":
             return np.ones((1, before + tokens), dtype)
@@ -157,6 +159,15 @@ class GraphRunner:
         if name not in inputs:
             raise ValueError(f"the graph takes {name}, which the model does not")
         return inputs[name].astype(dtype)
+
+
+def _head_size(folder: Path) -> int:
+    """The width of keys and values that onnxruntime-genai's builder leaves open in its graphs."""
+    config = folder / "genai_config.json"
+    if not config.is_file():
+        return 0
+    decoder = read_object(config).get("model", {}).get("decoder", {})
+    return int(decoder.get("head_size", 0))
 
 
 def _past_name(output: str) -> str:
