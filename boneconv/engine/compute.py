@@ -19,10 +19,10 @@ from boneconv.engine.plan import Action
 from boneconv.engine.segments import Segment
 from boneconv.errors import NonFiniteError
 from boneconv.io.files import Reader, Writer
-from boneconv.io.safetensors import ArrayTensor, byte_view
+from boneconv.io.safetensors import ArrayTensor, StoredTensor, Tensor, byte_view
 from boneconv.kernels import Scratch, cast_rows
 
-__all__ = ["Desk", "Leaves", "Merger", "do_segment", "larger"]
+__all__ = ["Desk", "Leaves", "Merger", "do_segment", "larger", "read_rows"]
 
 _CHUNK_BYTES = 256 * 1024
 
@@ -113,7 +113,7 @@ def _merge(
 ) -> Leaves:
     source_hash, output_hash = LeafHasher(), LeafHasher()
     measures: tuple[float, ...] = ()
-    for first, count in _chunks(segment, merger.preferred_rows()):
+    for first, count in segment.chunks(merger.preferred_rows()):
         shape = (count, segment.row_elements)
         rows = _read(segment, reader, first, shape, desk)
         source_hash.update(byte_view(rows))  # while they are in the cache
@@ -146,7 +146,7 @@ def _copy(segment: Segment, reader: Reader, writer: Writer, desk: Desk) -> Leave
 def _convert(segment: Segment, reader: Reader | None, writer: Writer, desk: Desk) -> Leaves:
     output_hash = LeafHasher()
     from_adapter = segment.tensor.action in (Action.REPLACE, Action.ADD)
-    for first, count in _chunks(segment, _CHUNK_BYTES // 2):
+    for first, count in segment.chunks(_CHUNK_BYTES // 2):
         rows = _read(segment, reader, first, (count, 1), desk)
         out = desk.array("out", (count, 1), FLOATS[segment.tensor.dtype])
         try:
@@ -160,9 +160,33 @@ def _convert(segment: Segment, reader: Reader | None, writer: Writer, desk: Desk
     return Leaves((), tuple(output_hash.leaves()))
 
 
-def _chunks(segment: Segment, rows: int) -> list[tuple[int, int]]:
-    end = segment.first_row + segment.rows
-    return [(first, min(rows, end - first)) for first in range(segment.first_row, end, rows)]
+def read_rows(
+    tensor: Tensor,
+    reader: Reader | None,
+    first: int,
+    shape: tuple[int, int],
+    into: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Reads consecutive rows of a tensor of a float dtype, FP8 included.
+
+    Args:
+        tensor: The tensor.
+        reader: Its file; None where it is in memory.
+        first: The first row.
+        shape: Rows, and elements of a row.
+        into: An array to fill, where the tensor is on disk; None for a new one.
+    """
+    if isinstance(tensor, ArrayTensor):
+        begin = first * shape[1]
+        return tensor.array.reshape(-1)[begin : begin + shape[0] * shape[1]].reshape(shape)
+    rows = np.empty(shape, _stored_dtype(tensor)) if into is None else into
+    offset = tensor.offset + first * shape[1] * rows.itemsize
+    _required(reader).read_into(byte_view(rows), offset)
+    return rows
+
+
+def _stored_dtype(tensor: StoredTensor) -> np.dtype[Any]:
+    return FLOATS.get(tensor.dtype) or FLOAT8S[tensor.dtype]
 
 
 def _read(
@@ -170,13 +194,8 @@ def _read(
 ) -> NDArray[Any]:
     source = segment.tensor.source
     if isinstance(source, ArrayTensor):
-        begin = first * shape[1]
-        return source.array.reshape(-1)[begin : begin + shape[0] * shape[1]].reshape(shape)
-    dtype = FLOATS.get(source.dtype) or FLOAT8S[source.dtype]
-    rows = desk.array("rows", shape, dtype)
-    offset = source.offset + first * shape[1] * dtype.itemsize
-    _required(reader).read_into(byte_view(rows), offset)
-    return rows
+        return read_rows(source, None, first, shape)
+    return read_rows(source, reader, first, shape, desk.array("rows", shape, _stored_dtype(source)))
 
 
 def _write(segment: Segment, writer: Writer, first: int, out: NDArray[Any]) -> None:

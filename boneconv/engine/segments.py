@@ -45,6 +45,11 @@ class Segment:
         """Bytes of the segment in the output."""
         return _row_bytes(self.tensor.nbytes, self.tensor) * self.rows if self.rows else 0
 
+    def chunks(self, rows: int) -> list[tuple[int, int]]:
+        """Runs of at most ``rows`` rows, in order: the first row of each and how many it has."""
+        end = self.first_row + self.rows
+        return [(first, min(rows, end - first)) for first in range(self.first_row, end, rows)]
+
 
 def segments_of(shard: PlannedShard) -> Iterator[Segment]:
     """The segments of a shard, in the order of their bytes; none for empty tensors."""

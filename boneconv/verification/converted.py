@@ -13,6 +13,7 @@ from boneconv.config import Variant
 from boneconv.digest import same_values
 from boneconv.engine.plan import PlannedTensor, Update
 from boneconv.engine.progress import Progress
+from boneconv.engine.station import stages_of
 from boneconv.io.checkpoint import open_checkpoint
 from boneconv.io.hub import Source
 from boneconv.io.safetensors import Tensor
@@ -22,7 +23,6 @@ from boneconv.verification.alternatives import expected
 from boneconv.verification.bands import Band, compare_updates
 from boneconv.verification.lora import judge_lora, open_lora
 from boneconv.verification.measures import Measures
-from boneconv.verification.pairs import stages_of
 from boneconv.verification.places import kind_of, layer_of
 from boneconv.verification.report import (
     CandidateKind,

@@ -14,12 +14,13 @@ import numpy as np
 
 from boneconv.dtypes import FLOATS
 from boneconv.engine.plan import Action
+from boneconv.engine.station import stages_of
 from boneconv.io.safetensors import Tensor
 from boneconv.kernels import Stage
 from boneconv.kernels.stage import Array, rank_of
 from boneconv.verification.alternatives import Alternative, alternatives, expected
 from boneconv.verification.measures import Measures
-from boneconv.verification.pairs import Pair, source_rows, stages_of
+from boneconv.verification.pairs import Pair, source_rows
 from boneconv.verification.samples import Run, runs_of, tensor_rows
 from boneconv.verification.ulps import rounded
 

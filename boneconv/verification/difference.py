@@ -13,6 +13,7 @@ import numpy as np
 from boneconv.adapter import Adapter
 from boneconv.config import CONFIG_NAME, BoneConfig
 from boneconv.dtypes import FLOATS
+from boneconv.engine.compute import read_rows
 from boneconv.engine.progress import Progress
 from boneconv.engine.workers import Place, can_fork, run_queues, usable_cores
 from boneconv.errors import UsageError
@@ -24,7 +25,6 @@ from boneconv.io.pth import PTH_SUFFIXES
 from boneconv.io.safetensors import StoredTensor, Tensor
 from boneconv.kernels.stage import Array
 from boneconv.planning.plan import PathLike
-from boneconv.verification.pairs import read_rows
 from boneconv.verification.places import kind_of, layer_of
 from boneconv.verification.report import CandidateKind, DiffReport, Presence, TensorDiff
 from boneconv.verification.ulps import differing, ordered
@@ -179,7 +179,7 @@ class _Worker(OpenFiles):
 
     def _values(self, tensor: Tensor, task: _Task) -> Array:
         reader = self.reader(tensor.path) if isinstance(tensor, StoredTensor) else None
-        return read_rows(tensor, reader, task.first, (task.count, 1), None).reshape(-1)
+        return read_rows(tensor, reader, task.first, (task.count, 1)).reshape(-1)
 
     def _bytes(self, task: _Task) -> _Sums:
         """Another dtype: whether the bytes are equal, in one piece of the file."""

@@ -20,6 +20,7 @@ import numpy as np
 from boneconv.config import CONFIG_NAME, Variant
 from boneconv.dtypes import FLOATS
 from boneconv.engine.plan import PlannedTensor
+from boneconv.engine.station import stages_of
 from boneconv.errors import FormatError, NotABoneAdapterError, UsageError, listing
 from boneconv.io.safetensors import StoredTensor, read_header
 from boneconv.kernels.stage import Array
@@ -29,7 +30,6 @@ from boneconv.verification.bands import Band, compare_updates
 from boneconv.verification.candidate import read_record
 from boneconv.verification.diagnosis import Diagnosis
 from boneconv.verification.measures import Measures
-from boneconv.verification.pairs import stages_of
 from boneconv.verification.places import kind_of, layer_of
 from boneconv.verification.report import Status, TensorAction, TensorReport
 

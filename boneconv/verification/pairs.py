@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 import blake3
 import numpy as np
 
-from boneconv.dtypes import F64, FLOAT8S, FLOATS
-from boneconv.engine.compute import Desk
+from boneconv.dtypes import F64, FLOATS
+from boneconv.engine.compute import Desk, read_rows
 from boneconv.engine.dequantise import Dequantisation
 from boneconv.engine.plan import Action, PlannedShard, PlannedTensor
 from boneconv.engine.segments import Segment, segments_of
+from boneconv.engine.station import naming_block, stages_of
 from boneconv.engine.workers import Place
-from boneconv.errors import NonFiniteError, ShapeError
+from boneconv.errors import NonFiniteError
 from boneconv.io.files import Reader
 from boneconv.io.open_files import OpenFiles
 from boneconv.io.safetensors import StoredTensor, Tensor, byte_view
-from boneconv.kernels import RowMerger, Stage, cast_rows
+from boneconv.kernels import RowMerger, cast_rows
 from boneconv.kernels.scaled import ScaleGrid
 from boneconv.kernels.stage import Array
 from boneconv.verification.compare import compare_chunk, compare_merged
@@ -33,9 +34,7 @@ __all__ = [
     "Worker",
     "comparable",
     "like",
-    "read_rows",
     "source_rows",
-    "stages_of",
     "tasks_of",
 ]
 
@@ -100,36 +99,6 @@ def tasks_of(pairs: Iterable[Pair]) -> list[Task]:
     return tasks
 
 
-def stages_of(planned: PlannedTensor) -> list[Stage]:
-    """The updates of a planned tensor, their blocks read."""
-    return [
-        Stage(u.block.variant, u.block.tensor.read(), u.block.axis, u.scale, u.residue)
-        for u in planned.updates
-    ]
-
-
-def read_rows(
-    tensor: Tensor, reader: Reader | None, first: int, shape: tuple[int, int], into: Array | None
-) -> Array:
-    """Reads consecutive rows of a tensor of a float dtype.
-
-    Args:
-        tensor: The tensor.
-        reader: Its file; None where it is in memory.
-        first: The first row.
-        shape: Rows, and elements of a row.
-        into: An array to fill; None for a new one.
-    """
-    if not isinstance(tensor, StoredTensor):
-        begin = first * shape[1]
-        return tensor.array.reshape(-1)[begin : begin + shape[0] * shape[1]].reshape(shape)
-    dtype = FLOATS[tensor.dtype]
-    rows: Array = np.empty(shape, dtype) if into is None else into
-    assert reader is not None
-    reader.read_into(byte_view(rows), tensor.offset + first * shape[1] * dtype.itemsize)
-    return rows
-
-
 def source_rows(planned: PlannedTensor, first: int, count: int) -> Array:
     """Consecutive rows of what a planned tensor is computed from, as an array of their own.
 
@@ -141,22 +110,21 @@ def source_rows(planned: PlannedTensor, first: int, count: int) -> Array:
     shape = (count, planned.matrix_shape[1])
     source = planned.source
     if not isinstance(source, StoredTensor):
-        return read_rows(source, None, first, shape, None)
+        return read_rows(source, None, first, shape)
     with Reader(source.path) as reader:
         if isinstance(planned.kernel, Dequantisation):
             grid = planned.kernel.grid(planned)
             lines = shape[1] // max(1, grid.columns)  # of a stacked weight, all are in one row
             rows = np.empty((count * lines, grid.columns), F64)
             return _dequantised(source, grid, reader, first * lines, rows).reshape(shape)
-        return read_rows(source, reader, first, shape, None)
+        return read_rows(source, reader, first, shape)
 
 
 def _dequantised(
     source: StoredTensor, grid: ScaleGrid, reader: Reader, first: int, into: Array
 ) -> Array:
-    eights = np.empty(into.shape, FLOAT8S[source.dtype])
-    reader.read_into(byte_view(eights), source.offset + first * into.shape[1])
-    grid.dequantise(eights, first, into)
+    shape = (into.shape[0], into.shape[1])
+    grid.dequantise(read_rows(source, reader, first, shape), first, into)
     return into
 
 
@@ -195,7 +163,7 @@ class Worker(OpenFiles):
         merger, reach = self._prepared(planned)
         found, heads = Measures(), None
         step = merger.preferred_rows()
-        for first, count in _chunks(segment, step):
+        for first, count in segment.chunks(step):
             shape = (count, segment.row_elements)
             rows = self._read_source(planned, first, shape)
             have = self._read(held, first, shape, "have")
@@ -214,7 +182,7 @@ class Worker(OpenFiles):
         found, heads = Measures(), None
         dtype = FLOATS[planned.dtype]
         columns = segment.row_elements
-        for first, count in _chunks(segment, max(1, _CHUNK_BYTES // dtype.itemsize // columns)):
+        for first, count in segment.chunks(max(1, _CHUNK_BYTES // dtype.itemsize // columns)):
             rows = self._read_source(planned, first, (count, columns))
             have = self._read(held, first, (count, columns), "have")
             want = rows
@@ -232,7 +200,7 @@ class Worker(OpenFiles):
         assert isinstance(source, StoredTensor)
         assert isinstance(held, StoredTensor)
         wrong = 0
-        for first, count in _chunks(segment, _CHUNK_BYTES):
+        for first, count in segment.chunks(_CHUNK_BYTES):
             want = self._desk.array("want", (count,), np.dtype(np.uint8))
             have = self._desk.array("have", (count,), np.dtype(np.uint8))
             self.reader(source.path).read_into(byte_view(want), source.offset + first)
@@ -249,12 +217,8 @@ class Worker(OpenFiles):
             stages = stages_of(planned)
             source = FLOATS.get(planned.source.dtype, F64)  # dequantised where it is none
             target = FLOATS[planned.dtype]
-            try:
+            with naming_block(planned):
                 self._merger = RowMerger(stages, planned.matrix_shape, source, target)
-            except (NonFiniteError, ShapeError) as error:
-                raise error.restated(f"the block of {planned.name!r}: {error.message}", None) from (
-                    error
-                )
             self._reach = Reach(stages, target)
             self._at, self._unexplained = planned, 0
         return self._merger, self._reach
@@ -272,14 +236,9 @@ class Worker(OpenFiles):
 
     def _read(self, tensor: Tensor, first: int, shape: tuple[int, int], use: str) -> Array:
         if not isinstance(tensor, StoredTensor):
-            return read_rows(tensor, None, first, shape, None)
+            return read_rows(tensor, None, first, shape)
         into = self._desk.array(use, shape, FLOATS[tensor.dtype])
         return read_rows(tensor, self.reader(tensor.path), first, shape, into)
-
-
-def _chunks(segment: Segment, rows: int) -> list[tuple[int, int]]:
-    end = segment.first_row + segment.rows
-    return [(first, min(rows, end - first)) for first in range(segment.first_row, end, rows)]
 
 
 def _digest(rows: Array) -> bytes:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from boneconv.config import Axis, Variant
+from boneconv.engine.compute import read_rows
 from boneconv.io.files import Reader
 from boneconv.io.safetensors import StoredTensor, Tensor
 from boneconv.kernels import Stage
 from boneconv.kernels.stage import Array, is_bat, rank_of
-from boneconv.verification.pairs import Pair, read_rows, source_rows
+from boneconv.verification.pairs import Pair, source_rows
 
 __all__ = ["Run", "cut", "runs_of", "tensor_rows"]
 
@@ -64,8 +65,8 @@ def tensor_rows(tensor: Tensor, first: int, count: int, columns: int) -> Array:
     """Consecutive rows of a tensor, as an array of their own."""
     if isinstance(tensor, StoredTensor):
         with Reader(tensor.path) as reader:
-            return read_rows(tensor, reader, first, (count, columns), None)
-    return read_rows(tensor, None, first, (count, columns), None)
+            return read_rows(tensor, reader, first, (count, columns))
+    return read_rows(tensor, None, first, (count, columns))
 
 
 def cut(stage: Stage, first: int, count: int) -> Stage:
