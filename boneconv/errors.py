@@ -47,6 +47,7 @@ __all__ = [
     "OutputExistsError",
     "ShapeError",
     "UsageError",
+    "first_line",
     "listing",
     "printable",
 ]
@@ -185,6 +186,12 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line of at most 300 characters, after its class."""
+    text = printable(str(error)).split("\\n")[0].split("\n")[0][:300]
+    return f"{type(error).__name__}: {text}"
 
 
 def _one_line(text: str) -> str:

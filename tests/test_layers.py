@@ -21,7 +21,8 @@ LOWER: dict[str, set[str]] = {
     "io": {"dtypes", "errors", "strict_json"},
     "digest": {"dtypes", "errors", "io"},
     "kernels": {"config", "dtypes", "errors"},
-    "names": {"errors"},
+    "pretrained": {"errors", "strict_json"},
+    "names": {"errors", "pretrained"},
     "graphs": {"dtypes", "errors", "io"},
     "adapter": {"config", "dtypes", "errors", "io"},
     "formats": {"adapter", "config", "digest", "dtypes", "errors", "io", "names", "strict_json"},
@@ -59,6 +60,7 @@ LOWER: dict[str, set[str]] = {
         "io",
         "names",
         "nn",
+        "pretrained",
         "strict_json",
     },
     "planning": {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from boneconv.behaviour import torch_runner
-from boneconv.behaviour.loading import Loaded, first_line, load_model, quiet
+from boneconv.behaviour.loading import Loaded, load_model, quiet
 from boneconv.behaviour.measures import Answers
 from boneconv.behaviour.onnx_runner import GraphRunner
 from boneconv.behaviour.prompts import Question
@@ -19,7 +19,7 @@ from boneconv.behaviour.reference import attach
 from boneconv.behaviour.widening import widened
 from boneconv.config import CONFIG_NAME
 from boneconv.dtypes import FLOATS, cli_name
-from boneconv.errors import InputError, MissingExtraError, NameMatchError, UsageError
+from boneconv.errors import InputError, MissingExtraError, NameMatchError, UsageError, first_line
 from boneconv.formats import load_adapter, says_native
 from boneconv.graphs import open_graph, refuse_quantised
 from boneconv.io.checkpoint import open_checkpoint

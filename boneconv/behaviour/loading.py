@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from boneconv.errors import InputError, MissingExtraError, NameMatchError, UsageError, printable
+from boneconv.errors import InputError, NameMatchError, UsageError, first_line
 from boneconv.names.architecture import trained_on
+from boneconv.pretrained import image_size, quiet_transformers, require_libraries
 from boneconv.strict_json import read_object
 
 __all__ = [
@@ -21,15 +21,12 @@ __all__ = [
     "accepted",
     "check_complete",
     "classes_of",
-    "first_line",
     "image_shape",
     "load_model",
     "load_tokenizer",
     "quiet",
-    "require_libraries",
+    "require_torch",
 ]
-
-_INSTALL = "Install it with: pip install 'boneconv[transformers]'"
 
 
 @dataclass(frozen=True)
@@ -45,11 +42,9 @@ class Loaded:
     missing: tuple[str, ...]
 
 
-def require_libraries(*more: str) -> None:
+def require_torch(*more: str) -> None:
     """Raises MissingExtraError where torch, transformers or another library is not installed."""
-    for library in ("torch", "transformers", *more):
-        if find_spec(library) is None:
-            raise MissingExtraError(f"comparing logits needs {library}", hint=_INSTALL)
+    require_libraries(("torch", "transformers", *more), "comparing logits", "transformers")
 
 
 def classes_of(folder: Path, adapters: Sequence[Any]) -> tuple[str, ...]:
@@ -137,19 +132,7 @@ def image_shape(model: Any, folder: Path) -> tuple[int, int, int]:
     """Channels, height and width of a model's images: the configuration's, else the processor's."""
     config = getattr(model.config, "vision_config", None) or model.config
     channels = int(getattr(config, "num_channels", 3) or 3)
-    sizes = [getattr(config, "image_size", None)]
-    processor = folder / "preprocessor_config.json"
-    if processor.is_file():
-        content = read_object(processor)
-        sizes += [content.get("crop_size"), content.get("size")]
-    for size in sizes:
-        if isinstance(size, int):
-            return channels, size, size
-        if isinstance(size, list | tuple) and len(size) == 2:
-            return channels, int(size[0]), int(size[1])
-        if isinstance(size, dict) and {"height", "width"} <= size.keys():
-            return channels, int(size["height"]), int(size["width"])
-    return channels, 224, 224
+    return (channels, *image_size(config, folder))
 
 
 def check_complete(missing: Sequence[str], brought: Sequence[str], folder: Path) -> None:
@@ -165,22 +148,7 @@ def check_complete(missing: Sequence[str], brought: Sequence[str], folder: Path)
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the library's remarks and bars off the user's screen."""
-    logging = import_module("transformers").utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line."""
-    text = printable(str(error)).split("\\n")[0].split("\n")[0][:300]
-    return f"{type(error).__name__}: {text}"
+    """Keeps the library's remarks, bars and warnings off the user's screen."""
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from boneconv.behaviour.loading import first_line
 from boneconv.behaviour.measures import Answers
 from boneconv.behaviour.prompts import Question
-from boneconv.errors import UsageError
+from boneconv.errors import UsageError, first_line
 from boneconv.strict_json import read_object
 
 __all__ = ["GraphRunner"]

@@ -8,7 +8,6 @@ exact; what it forms is off by float64's rounding alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 from boneconv.adapter import Adapter
@@ -32,7 +31,8 @@ def resize(model: Any, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
             rows = adapter.saved[key].shape[0] if key in adapter.saved else None
             if rows is not None and rows != module.weight.shape[0]:
-                torch = import_module("torch")
+                import torch
+
                 with quiet(), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
                     model.resize_token_embeddings(rows, mean_resizing=False)
@@ -53,21 +53,21 @@ def attach(model: Any, adapters: Sequence[Adapter], scale: float) -> Any:
     Raises:
         NameMatchError, ShapeError, ConfigError: An adapter does not fit the model.
     """
-    walking = import_module("boneconv.nn.model.walking")
+    from boneconv.nn.model.bone_model import BoneModel
+    from boneconv.nn.model.walking import bone_layers
+
     bone: Any = None
     with quiet():
         resize(model, adapters)
         names = [f"adapter{number}" for number in range(len(adapters))]
         for name, adapter in zip(names, adapters, strict=True):
             if bone is None:
-                bone = import_module("boneconv.nn.model.bone_model").BoneModel.from_pretrained(
-                    model, adapter.path, name
-                )
+                bone = BoneModel.from_pretrained(model, adapter.path, name)
             else:
                 bone.load_adapter(adapter.path, name)
         bone.set_adapter(names)
         bone.eval()
-    for layer in walking.bone_layers(bone.model).values():
+    for layer in bone_layers(bone.model).values():
         for block in layer.bone_block.values():
             block.data = block.data.to(layer.weight.dtype) * scale
     bone.requires_grad_(False)
@@ -85,19 +85,21 @@ def form(bone: Any) -> int:
     Returns:
         How many weights' elements the adapters change.
     """
-    torch = import_module("torch")
-    compose = import_module("boneconv.nn.weights").compose
-    walking = import_module("boneconv.nn.model.walking")
+    import torch
+
+    from boneconv.nn.model.walking import bone_layers, saved_modules
+    from boneconv.nn.weights import compose
+
     changed = 0
     with torch.no_grad():
-        for layer in walking.bone_layers(bone.model).values():
+        for layer in bone_layers(bone.model).values():
             weight = layer.weight
             formed = compose(weight.detach().flatten(1), layer.updates()).view(weight.shape)
             layer.base_layer.weight = torch.nn.Parameter(formed, requires_grad=False)
             layer.set_adapter(())
             layer.bone_block.clear()
             changed += formed.numel()
-    holders = walking.saved_modules(bone.model).values()
+    holders = saved_modules(bone.model).values()
     for holder in holders:
         changed += sum(parameter.numel() for parameter in holder.running().parameters())
     return changed
@@ -105,11 +107,12 @@ def form(bone: Any) -> int:
 
 def named_tensors(model: Any) -> Iterator[tuple[str, Any]]:
     """Parameters and buffers that run, under the names that the plain model gives them."""
-    walking = import_module("boneconv.nn.model.walking")
-    saved_module = import_module("boneconv.nn.model.saved_module").SavedModule
-    for name, module in (("", model), *walking.walk(model)):
-        whole = isinstance(module, saved_module)
-        inner = module.running() if whole else walking.base_of(module)
+    from boneconv.nn.model.saved_module import SavedModule
+    from boneconv.nn.model.walking import base_of, walk
+
+    for name, module in (("", model), *walk(model)):
+        whole = isinstance(module, SavedModule)
+        inner = module.running() if whole else base_of(module)
         for found in (inner.named_parameters, inner.named_buffers):
             for leaf, tensor in found(recurse=whole):
                 yield f"{name}.{leaf}".lstrip("."), tensor
@@ -122,7 +125,8 @@ def round_weights(model: Any, dtypes: Mapping[str, str]) -> None:
         model: A model, or the adapted one, in float64 or float32; changed in place.
         dtypes: ``bfloat16`` or ``float16`` by the plain model's names; others are left alone.
     """
-    torch = import_module("torch")
+    import torch
+
     done: set[int] = set()
     with torch.no_grad():
         for name, tensor in named_tensors(model):
@@ -137,7 +141,8 @@ def _once(tensor: Any, dtype: Any) -> Any:
     torch goes from float64 to half precision through float32, which rounds twice. Here float32 is
     rounded to odd, which keeps what the second rounding has to know.
     """
-    torch = import_module("torch")
+    import torch
+
     if tensor.dtype != torch.float64:
         return tensor.to(dtype)
     near = tensor.to(torch.float32)

@@ -23,7 +23,7 @@ from boneconv.behaviour.loading import (
     classes_of,
     load_model,
     load_tokenizer,
-    require_libraries,
+    require_torch,
 )
 from boneconv.behaviour.measures import Answers, compare
 from boneconv.behaviour.memory import available_memory, predict_memory
@@ -87,7 +87,7 @@ def measure_behaviour(
     opened = open_candidate(
         Path(candidate), kind, None if runtime_adapter is None else Path(runtime_adapter)
     )
-    require_libraries(*(["onnxruntime"] if opened.kind == "onnx" else []))
+    require_torch(*(["onnxruntime"] if opened.kind == "onnx" else []))
     texts = read_prompts(None if prompts is None else Path(prompts))
     folder = locate(base, BASE).path
     loaded = [load_adapter(adapter) for adapter in adapters]

@@ -111,11 +111,11 @@ def command(
 
     check = None
     if verified:
-        from boneconv.behaviour.loading import require_libraries
+        from boneconv.behaviour.loading import require_torch
         from boneconv.behaviour.prompts import read_prompts
         from boneconv.cli.verified import GraphCheck
 
-        require_libraries("onnxruntime")
+        require_torch("onnxruntime")
         read_prompts(prompts)
         check = GraphCheck(
             base, (adapter, *more), prompts=prompts, apart=runtime_adapters, quiet=quiet

@@ -8,7 +8,6 @@ Read against transformers 5.23; `_internals` is the one place that reaches below
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from boneconv.errors import MissingExtraError, NameMatchError, printable
+from boneconv.errors import MissingExtraError, NameMatchError, first_line, printable
+from boneconv.pretrained import quiet_transformers
 
 __all__ = ["Architecture", "Home", "architectures", "trained_on", "transformers_version"]
 
@@ -251,7 +251,7 @@ def _declared(file: Path) -> list[str]:
 def _configuration(file: Path) -> Any:
     auto = import_module("transformers").AutoConfig
     try:
-        with _quiet():
+        with quiet_transformers():
             return auto.from_pretrained(str(file), trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise _cannot_build(file, error) from error
@@ -266,7 +266,7 @@ def _build(file: str, stamp: tuple[int, int], name: str) -> Architecture | None:
     library = _internals()
     path = Path(file)
     try:
-        with _quiet():
+        with quiet_transformers():
             model = _model(name, _configuration(path))
             if model is None:
                 return None
@@ -302,21 +302,8 @@ def _model(name: str, config: Any) -> Any:
 
 
 def _cannot_build(file: Path, error: Exception) -> NameMatchError:
-    reason = printable(str(error)).split("\\n")[0].split("\n")[0][:300]
     return NameMatchError(
         f"transformers {transformers_version()} cannot build the model to tell its names: "
-        f"{type(error).__name__}: {reason}",
+        f"{first_line(error)}",
         path=file,
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the library's remarks about a configuration off the user's screen."""
-    logging = import_module("transformers").utils.logging
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

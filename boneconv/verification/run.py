@@ -124,10 +124,10 @@ def _check_logits(logits: bool, prompts: PathLike | None, pipeline: bool) -> Non
         return
     if pipeline:
         raise UsageError("logits of a diffusers pipeline cannot be compared")
-    from boneconv.behaviour.loading import require_libraries
+    from boneconv.behaviour.loading import require_torch
     from boneconv.behaviour.prompts import read_prompts
 
-    require_libraries()
+    require_torch()
     read_prompts(None if prompts is None else Path(prompts))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from boneconv import pretrained
 from boneconv.behaviour import BehaviourReport, BehaviourStatus, measure_behaviour
 from boneconv.errors import MissingExtraError, UsageError
 from boneconv.merging import merge
@@ -300,9 +301,7 @@ def test_what_the_user_can_get_wrong(tiny_case: TinyCase, tmp_path: Path) -> Non
 def test_without_transformers(
     tiny_case: TinyCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from boneconv.behaviour import loading
-
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
     case = tiny_case("llama-untied")
     with pytest.raises(MissingExtraError, match="pip install 'boneconv"):
         measure_behaviour(case.base, [case.adapter], case.base)

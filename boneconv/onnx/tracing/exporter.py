@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any
 
-from boneconv.errors import InputError, printable
+from boneconv.errors import InputError, first_line
 from boneconv.names.architecture import transformers_version
 from boneconv.onnx.tracing.quiet import quiet_export
 from boneconv.onnx.tracing.samples import Sample
@@ -97,7 +97,7 @@ def trace_plain(
             )
     except _FAILURES as error:
         raise InputError(
-            f"torch cannot trace {type(model).__name__}: {_brief(error)}",
+            f"torch cannot trace {type(model).__name__}: ({first_line(error)})",
             hint="Patch a graph that exists with --graph, which needs no tracing",
         ) from error
     return Traced(program.model, f"torch.onnx {torch.__version__}")
@@ -144,7 +144,9 @@ def _by_transformers(model: Any, sample: Sample, opset: int) -> Traced:
             graph = exporter().export(model, inputs, wanted).program
         _rename_cache(graph.graph)
     except _FAILURES as error:
-        raise _NotUsableError(f"transformers {version} cannot export {_brief(error)}") from error
+        raise _NotUsableError(
+            f"transformers {version} cannot export ({first_line(error)})"
+        ) from error
     return Traced(graph, f"transformers {version} OnnxExporter")
 
 
@@ -222,8 +224,3 @@ def _flattened(model: Any, sample: Sample, outputs: Sequence[str]) -> Iterator[N
         yield
     finally:
         model.forward = original
-
-
-def _brief(error: Exception) -> str:
-    text = printable(str(error)).split("\\n")[0].split("\n")[0][:300]
-    return f"({type(error).__name__}: {text})"

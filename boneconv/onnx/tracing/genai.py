@@ -15,14 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 from boneconv.dtypes import FLOATS
-from boneconv.errors import CheckFailedError, InputError, MissingExtraError, UsageError, printable
+from boneconv.errors import CheckFailedError, InputError, UsageError, printable
 from boneconv.graphs import find_weights, open_graph
 from boneconv.io.checkpoint import Checkpoint, open_checkpoint
 from boneconv.onnx.tracing.weight_bytes import weight_bytes
+from boneconv.pretrained import require_libraries
 
 __all__ = ["GenaiSummary", "build_genai"]
 
@@ -83,7 +83,8 @@ def build_genai(
         InputError: The builder does not take the model.
         CheckFailedError: The runtime does not load or run what was built.
     """
-    _require()
+    libraries = ("onnxruntime_genai", "transformers")
+    require_libraries(libraries, "a folder for onnxruntime-genai", "genai")
     dtype = dtype or "float32"
     if dtype not in _KINDS:
         raise UsageError("no dtype of such a graph", expected=", ".join(_KINDS), found=repr(dtype))
@@ -113,15 +114,6 @@ def build_genai(
         predicted_memory=predicted,
         notes=tuple(notes),
     )
-
-
-def _require() -> None:
-    for library in ("onnxruntime_genai", "transformers"):
-        if find_spec(library) is None:
-            raise MissingExtraError(
-                f"a folder for onnxruntime-genai needs {library}",
-                hint="Install it with: pip install 'boneconv[genai]'",
-            )
 
 
 def _run_builder(merged: Path, target: Path, precision: str, provider: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from boneconv.errors import UsageError
 from boneconv.onnx.tracing.tasks import Task
-from boneconv.strict_json import read_object
+from boneconv.pretrained import image_size
 
 __all__ = ["BATCH", "LENGTH", "PAST", "Sample", "make_sample", "with_past"]
 
@@ -25,7 +25,6 @@ _BATCH_AXIS = "batch_size"
 _TOKENS = {0: _BATCH_AXIS, 1: "sequence_length"}
 _ALL_TOKENS = {0: _BATCH_AXIS, 1: "total_sequence_length"}
 _CACHE = {0: _BATCH_AXIS, 2: "past_sequence_length"}
-_USUAL_IMAGE = 224
 
 
 @dataclass(frozen=True)
@@ -79,28 +78,11 @@ def make_sample(model: Any, task: Task, folder: Path) -> Sample:
 
 def _images(model: Any, folder: Path) -> Sample:
     torch = import_module("torch")
-    height, width = _image_size(model.config, folder)
+    height, width = image_size(model.config, folder)
     channels = getattr(model.config, "num_channels", 3)
     pixels = torch.linspace(-1, 1, BATCH * channels * height * width, dtype=model.dtype)
     images = pixels.reshape(BATCH, channels, height, width)
     return Sample({"pixel_values": images}, {"pixel_values": {0: _BATCH_AXIS}})
-
-
-def _image_size(config: Any, folder: Path) -> tuple[int, int]:
-    """Height and width in pixels: the configuration's, else the preprocessor's."""
-    sizes = [getattr(config, "image_size", None)]
-    preprocessor = folder / "preprocessor_config.json"
-    if preprocessor.is_file():
-        content = read_object(preprocessor)
-        sizes += [content.get("crop_size"), content.get("size")]
-    for size in sizes:
-        if isinstance(size, int):
-            return size, size
-        if isinstance(size, list | tuple) and len(size) == 2:
-            return int(size[0]), int(size[1])
-        if isinstance(size, dict) and {"height", "width"} <= size.keys():
-            return int(size["height"]), int(size["width"])
-    return _USUAL_IMAGE, _USUAL_IMAGE
 
 
 def _tokens(model: Any, task: Task, accepted: Iterable[str]) -> Sample:

@@ -9,27 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from boneconv.dtypes import FLOATS
-from boneconv.errors import InputError, MissingExtraError, NameMatchError, listing, printable
+from boneconv.errors import InputError, NameMatchError, first_line, listing
 from boneconv.io.checkpoint import Checkpoint
 from boneconv.names.architecture import architectures
 from boneconv.onnx.tracing.quiet import quiet_export
 from boneconv.onnx.tracing.tasks import Task
+from boneconv.pretrained import require_libraries
 
 __all__ = ["Needed", "load_model", "needed_weights", "reached_parameters", "require_tracing"]
-
-_INSTALL = "Install it with: pip install 'boneconv[transformers]'"
 
 
 def require_tracing() -> None:
     """Raises MissingExtraError where a library that tracing needs is not installed."""
-    for library in ("transformers", "onnxscript"):
-        if find_spec(library) is None:
-            raise MissingExtraError(f"tracing a model needs {library}", hint=_INSTALL)
+    require_libraries(("transformers", "onnxscript"), "tracing a model", "transformers")
 
 
 def load_model(checkpoint: Checkpoint, task: Task, dtype: str) -> Any:
@@ -58,7 +54,7 @@ def load_model(checkpoint: Checkpoint, task: Task, dtype: str) -> Any:
             )
     except Exception as error:
         raise InputError(
-            f"transformers cannot load this checkpoint for {task.name}: {_first_line(error)}",
+            f"transformers cannot load this checkpoint for {task.name}: {first_line(error)}",
             path=checkpoint.root,
             hint="Code that comes with a checkpoint is never run. Choose another --task, or patch "
             "a graph that exists with --graph",
@@ -145,8 +141,3 @@ def _check_none_random(model: Any, lacking: set[str], held: set[str], path: Path
             path=path,
             hint="Choose the --task that the checkpoint was trained for",
         )
-
-
-def _first_line(error: Exception) -> str:
-    text = printable(str(error)).split("\\n")[0].split("\n")[0][:300]
-    return f"{type(error).__name__}: {text}"

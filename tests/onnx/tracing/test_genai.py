@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from boneconv import merge
+from boneconv import merge, pretrained
 from boneconv.errors import CheckFailedError, InputError, MissingExtraError, UsageError
-from boneconv.onnx.tracing import genai
 from boneconv.onnx.tracing.genai import build_genai
 from tests.conftest import TinyCase
 from tests.oracle import real
@@ -98,7 +97,7 @@ def test_a_dtype_that_cannot_be_is_refused(merged: Path, out: Path) -> None:
 def test_a_missing_library_is_named_with_the_extra(
     merged: Path, out: Path, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
-    monkeypatch.setattr(genai, "find_spec", lambda name: None if name == library else name)
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None if name == library else name)
     with pytest.raises(MissingExtraError, match=rf"{library}.*pip install 'boneconv\[genai\]'"):
         build_genai(merged, out)
 

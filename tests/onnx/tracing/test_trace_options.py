@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
+from boneconv import pretrained
 from boneconv.errors import (
     CheckFailedError,
     FormatError,
@@ -20,7 +21,7 @@ from boneconv.errors import (
     NameMatchError,
     UsageError,
 )
-from boneconv.onnx.tracing import exporter, source, trace
+from boneconv.onnx.tracing import exporter, trace
 from boneconv.onnx.tracing.exporter import Traced
 from boneconv.onnx.tracing.trace import TraceSummary, trace_graph
 from tests.conftest import TinyCase
@@ -229,7 +230,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path, out: Path) -> None:
 def test_a_missing_library_is_named_with_the_extra(
     tiny_case: TinyCase, out: Path, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
-    monkeypatch.setattr(source, "find_spec", lambda name: None if name == library else name)
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None if name == library else name)
     with pytest.raises(MissingExtraError, match=rf"{library}.*pip install 'boneconv\[transformers"):
         trace_graph(tiny_case("vit").base, out)
 
