@@ -4,7 +4,7 @@
 
 Runs the engine of tests/crash on every command of its scenarios, the bad inputs of
 tests/cli/test_bad_input.py, and takes the executions of the fuzzers from benchmarks/fuzz.json where
-benchmarks/fuzz.py has left them. Writes benchmarks/faults.md. Linux only; needs the ``dev`` extra.
+benchmarks/fuzz.py has left them. Writes benchmarks/faults.md. Linux only; needs the extra ``test``.
 """
 
 from __future__ import annotations

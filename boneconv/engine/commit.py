@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -18,7 +17,7 @@ from boneconv.engine.plan import Plan, PlannedShard
 from boneconv.engine.remote import stream_on
 from boneconv.engine.stream import ShardDigests, TensorDigests, stream
 from boneconv.errors import BoneconvError, OutputExistsError
-from boneconv.io.files import Reader, machine_errors
+from boneconv.io.files import Reader, machine_errors, sync_file
 from boneconv.io.safetensors import read_header
 from boneconv.io.staging import (
     Staging,
@@ -304,7 +303,7 @@ def _write_folder(plan: Plan, target: Path) -> None:
         with machine_errors(destination):
             destination.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, destination)
-            _sync(destination)
+            sync_file(destination)
     for name, content in plan.texts.items():
         _write_file(target / name, content)
 
@@ -313,12 +312,4 @@ def _write_file(path: Path, content: bytes) -> None:
     with machine_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        sync_file(path)

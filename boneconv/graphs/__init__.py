@@ -18,6 +18,7 @@ from __future__ import annotations
 from boneconv.graphs.initializers import Initializer
 from boneconv.graphs.lookup import find_weights, matrix_shape, missing_weights
 from boneconv.graphs.model import GRAPH_NAME, Graph, Use, open_graph
+from boneconv.graphs.nested import nested_graphs
 from boneconv.graphs.placement import Placement
 from boneconv.graphs.quantised import quantised_ops, refuse_quantised
 
@@ -30,6 +31,7 @@ __all__ = [
     "find_weights",
     "matrix_shape",
     "missing_weights",
+    "nested_graphs",
     "open_graph",
     "quantised_ops",
     "refuse_quantised",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from boneconv.errors import FormatError, MissingPathError, NameMatchError
 from boneconv.graphs.external import external_range
 from boneconv.graphs.initializers import Initializer
+from boneconv.graphs.nested import nested_graphs
 from boneconv.graphs.wire import OWN_FILE, WireError, cut
 from boneconv.io.files import machine_errors
 
@@ -184,7 +185,7 @@ def _texts(proto: ModelProto) -> Iterator[object]:
     for node in nodes:
         yield from (node.op_type, node.domain, node.name, *node.input, *node.output)
         yield from (text for entry in node.metadata_props for text in (entry.key, entry.value))
-    for graph in _graphs(proto.graph):
+    for graph in nested_graphs(proto.graph):
         yield from (value.name for value in (*graph.input, *graph.output))
     for name, tensor in _tensors(proto):
         yield from (name, tensor.name)
@@ -204,7 +205,7 @@ def _cut_file(path: Path) -> bytes:
 
 def _tensors(proto: ModelProto) -> Iterator[tuple[str, TensorProto]]:
     """Every tensor with the name of its value; attributes of other nodes have none."""
-    for graph in _graphs(proto.graph):
+    for graph in nested_graphs(proto.graph):
         for tensor in graph.initializer:
             yield tensor.name, tensor
         for node in graph.node:
@@ -216,16 +217,8 @@ def _tensors(proto: ModelProto) -> Iterator[tuple[str, TensorProto]]:
                     yield "", tensor
 
 
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _graphs(inner)
-
-
 def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    for each in _graphs(graph):
+    for each in nested_graphs(graph):
         yield from each.node
 
 

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,16 @@ from boneconv.engine.commit import carry_out
 from boneconv.engine.progress import Progress
 from boneconv.engine.stream import ShardDigests
 from boneconv.engine.workers import usable_cores
-from boneconv.errors import MissingExtraError, UsageError
+from boneconv.errors import UsageError
 from boneconv.io.checkpoint import open_checkpoint
 from boneconv.io.files import machine_errors
 from boneconv.io.safetensors import StoredTensor
 from boneconv.onnx.fingerprint import base_mismatches
 from boneconv.onnx.outcome import Made
 from boneconv.onnx.request import Request
+from boneconv.onnx.runtime.export import RuntimeSummary, export_runtime_adapters
+from boneconv.onnx.tracing.genai import build_genai
+from boneconv.onnx.tracing.trace import TraceSummary, copy_side_files, trace_graph
 from boneconv.planning import MergePlan
 from boneconv.planning.record import RECORD_NAME
 
@@ -42,14 +44,11 @@ def export_by_trace(
         folder = target if not request.is_file else merged.with_name(f"{merged.name}.onnx")
         folder.mkdir(exist_ok=True)
         if request.runtime == "genai":
-            summary = _module("tracing.genai").build_genai(
-                merged, folder, dtype=request.dtype, note=note
-            )
-            weights, options = summary.matrices, {"dtype": summary.dtype}
+            built = build_genai(merged, folder, dtype=request.dtype, note=note)
+            weights, options = built.matrices, {"dtype": built.dtype}
         else:
-            summary = _trace(request, merged, folder, note)
-            weights = summary.weights
-            options = {"dtype": summary.dtype, "opset": summary.opset, "task": summary.task}
+            traced = _trace(request, merged, folder, note)
+            weights, options = traced.weights, _options(traced)
         if request.is_file:
             _move_single(folder, target, request)
     tensors = {tensor.name: {"digest": digests[tensor.name].output} for tensor in _changed(plan)}
@@ -68,10 +67,9 @@ def export_apart(
     """Writes a graph that takes adapters while it runs, and a file for each adapter."""
     checkpoint = open_checkpoint(plan.base.path)
     names = _adapter_names(plan)
-    runtime = _module("runtime.export")
 
-    def export(graph: Path) -> Any:
-        return runtime.export_runtime_adapters(
+    def export(graph: Path) -> RuntimeSummary:
+        return export_runtime_adapters(
             checkpoint,
             dict(zip(names, plan.strengths, strict=True)),
             graph,
@@ -89,18 +87,25 @@ def export_apart(
         try:
             place.mkdir(exist_ok=True)
             traced = _trace(request, plan.base.path, place, note)
-            options |= {"dtype": traced.dtype, "opset": traced.opset, "task": traced.task}
+            options |= _options(traced)
             summary = export(traced.graph)
         finally:
             shutil.rmtree(place, ignore_errors=True)
-    _module("tracing.trace").copy_side_files(checkpoint, target)
+    copy_side_files(checkpoint, target)
     return Made(summary.graph.name, summary.modules, {}, options, tuple(base_mismatches(plan, {})))
 
 
-def _trace(request: Request, model: Path, folder: Path, note: Callable[[str], None]) -> Any:
-    return _module("tracing.trace").trace_graph(
+def _trace(
+    request: Request, model: Path, folder: Path, note: Callable[[str], None]
+) -> TraceSummary:
+    return trace_graph(
         model, folder, task=request.task, dtype=request.dtype, opset=request.opset, note=note
     )
+
+
+def _options(traced: TraceSummary) -> dict[str, Any]:
+    """What a traced graph's record says of how it was made."""
+    return {"dtype": traced.dtype, "opset": traced.opset, "task": traced.task}
 
 
 @contextmanager
@@ -180,14 +185,3 @@ def _adapter_names(plan: MergePlan) -> list[str]:
         name = given or (path.stem if path.is_file() else path.name) or "adapter"
         names.append(name if name not in names else f"{name}-{len(names) + 1}")
     return names
-
-
-def _module(name: str) -> Any:
-    """A module of this package that needs an extra, loaded when it is needed."""
-    try:
-        return import_module(f"boneconv.onnx.{name}")
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"this export needs {error.name}",
-            hint="Install it with: pip install 'boneconv[transformers]'",
-        ) from error

@@ -16,7 +16,7 @@ from pathlib import Path
 import boneconv
 from boneconv.errors import CheckFailedError, printable
 
-__all__ = ["accept_in_child", "main"]
+__all__ = ["accept_in_child", "check_rules", "main"]
 
 #: Operators of ONNX Runtime that stand in ONNX's own domain; the checker does not know them.
 _UNKNOWN_OP = "No Op registered for"
@@ -57,7 +57,7 @@ def main(path: str, load: str) -> None:
     """The other process: prints what is wrong with a graph, or nothing, as a line of JSON."""
     message = ""
     try:
-        _check_rules(path)
+        check_rules(Path(path))
         if load:
             _check_load(path)
     except CheckFailedError as failure:
@@ -65,13 +65,22 @@ def main(path: str, load: str) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
 
 
-def _check_rules(path: str) -> None:
+def check_rules(path: Path, says: str = "the graph breaks ONNX's rules") -> None:
+    """Holds a graph against ONNX's checker, but for operators that only ONNX Runtime knows.
+
+    Args:
+        path: The graph, its external data beside it.
+        says: What the error says before the checker's own words.
+
+    Raises:
+        CheckFailedError: It breaks a rule.
+    """
     try:
-        import_module("onnx").checker.check_model(path)
+        import_module("onnx").checker.check_model(str(path))
     except Exception as error:
         if _UNKNOWN_OP in str(error):
             return
-        raise CheckFailedError(f"the graph breaks ONNX's rules: {_brief(error)}") from error
+        raise CheckFailedError(f"{says}: {_brief(error)}", path=path) from error
 
 
 def _check_load(path: str) -> None:
@@ -87,7 +96,7 @@ def _check_load(path: str) -> None:
 
 
 def _brief(error: Exception) -> str:
-    return printable(str(error)).split("\n")[0][:400]
+    return printable(str(error) or type(error).__name__).split("\n")[0][:400]
 
 
 if __name__ == "__main__":

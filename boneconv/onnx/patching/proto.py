@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from boneconv.errors import UsageError, listing
-from boneconv.graphs import Graph, Initializer
+from boneconv.graphs import Graph, Initializer, nested_graphs
 from boneconv.io.files import Writer, machine_errors
 from boneconv.io.safetensors import byte_view
 from boneconv.onnx.patching.jobs import is_lookup
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, TensorProto
+    from onnx import ModelProto, TensorProto
 
 __all__ = ["Addition", "edit_proto"]
 
@@ -73,7 +73,7 @@ def edit_proto(
 
 
 def _named(proto: ModelProto) -> Iterator[tuple[str, TensorProto]]:
-    for graph in _graphs(proto.graph):
+    for graph in nested_graphs(proto.graph):
         for tensor in graph.initializer:
             yield tensor.name, tensor
         for node in graph.node:
@@ -81,14 +81,6 @@ def _named(proto: ModelProto) -> Iterator[tuple[str, TensorProto]]:
                 for attribute in node.attribute:
                     if attribute.HasField("t"):
                         yield node.output[0], attribute.t
-
-
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _graphs(inner)
 
 
 def _set_values(tensor: TensorProto, array: NDArray[Any]) -> None:
@@ -120,7 +112,7 @@ def _rewire(proto: ModelProto, graph: Graph, addition: Addition) -> None:
             )
         if not looks:
             heads.add((use.outputs, use.index))
-    for each in _graphs(proto.graph):
+    for each in nested_graphs(proto.graph):
         for node in each.node:
             for index, name in enumerate(node.input):
                 if name == addition.like.name and (tuple(node.output), index) in heads:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from boneconv.errors import FormatError, listing
+from boneconv.graphs import nested_graphs
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -93,7 +94,7 @@ class Atlas:
 
     def __init__(self, model: ModelProto) -> None:
         """Reads a graph; its weights may lie elsewhere."""
-        self.graphs = list(_graphs(model.graph))
+        self.graphs = list(nested_graphs(model.graph))
         self.constants = {t.name: t for graph in self.graphs for t in graph.initializer}
         self._consumers: dict[str, list[tuple[Spot, int]]] = defaultdict(list)
         self._ndim: dict[str, int] = {}
@@ -194,16 +195,6 @@ class Atlas:
             for position, name in enumerate(node.input):
                 if name:
                     self._consumers[name].append((Spot(number, index), position))
-
-
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _graphs(attribute.g)
-            for inner in attribute.graphs:
-                yield from _graphs(inner)
 
 
 def _attribute(node: NodeProto, name: str, default: Any) -> Any:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from boneconv.errors import CheckFailedError, FormatError, printable
-from boneconv.graphs import GRAPH_NAME, Graph
+from boneconv.graphs import GRAPH_NAME, Graph, nested_graphs
 from boneconv.io.files import Reader, machine_errors
+from boneconv.onnx.child import check_rules
 from boneconv.onnx.runtime.names import VERSION_KEY
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, TensorProto
+    from onnx import ModelProto, TensorProto
 
 __all__ = ["check_graph", "write_graph"]
 
@@ -67,14 +68,9 @@ def check_graph(path: Path) -> None:
     Raises:
         CheckFailedError: It breaks a rule, or does not load.
     """
-    import onnx
     import onnxruntime
 
-    try:
-        onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as error:
-        if "No Op registered for" not in str(error):
-            raise CheckFailedError(f"ONNX's checker: {_first_line(error)}", path=path) from error
+    check_rules(path, "ONNX's checker")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
@@ -92,7 +88,12 @@ def _copy_all(source: Path, target: Path, digest: blake3) -> None:
 
 def _move_inline(graph: Graph, model: ModelProto, folder: Path, digest: blake3) -> None:
     """Gives the tensors that were cut out of the graph's own file a place again."""
-    held = [tensor for tensor in _initializers(model.graph) if _is_cut(tensor)]
+    held = [
+        tensor
+        for each in nested_graphs(model.graph)
+        for tensor in each.initializer
+        if _is_cut(tensor)
+    ]
     large = [tensor for tensor in held if _range(tensor)[1] >= _ALIGNMENT]
     if large:
         name = _free_name(set(graph.data_files))
@@ -144,14 +145,6 @@ def _point_to(tensor: TensorProto, location: str, offset: int, length: int) -> N
     del tensor.external_data[:]
     for key, value in (("location", location), ("offset", offset), ("length", length)):
         tensor.external_data.add(key=key, value=str(value))
-
-
-def _initializers(graph: GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _initializers(inner)
 
 
 def _constants(model: ModelProto) -> Iterator[TensorProto]:
