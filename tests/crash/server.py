@@ -71,7 +71,7 @@ def _check_here() -> None:
 
     def accept(path: Any, *, load: bool = True) -> None:
         with contextlib.redirect_stdout(None):
-            child._check_rules(str(path))
+            child.check_rules(path)
             child._check_load(str(path))
 
     by_patch.accept_in_child = accept
