@@ -228,6 +228,7 @@ def test_the_standalone_runner_passes_and_needs_no_boneconv() -> None:
     assert len((SPECS / "run_vectors.py").read_text().splitlines()) <= 200
 
 
+@pytest.mark.slow
 def test_the_generator_writes_the_same_vectors_again(tmp_path: Path) -> None:
     command = [sys.executable, str(SPECS / "make_vectors.py"), str(tmp_path)]
     subprocess.run(command, check=True, timeout=300)

@@ -52,6 +52,7 @@ def spoil(graph: Path, out: Path, case: tiny.Case) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_prompt_at_once_and_token_by_token(tiny_case: TinyCase, with_past: Path) -> None:
     case = tiny_case("llama-untied")
     found = measure_behaviour(case.base, [case.adapter], with_past)
@@ -62,6 +63,7 @@ def test_a_prompt_at_once_and_token_by_token(tiny_case: TinyCase, with_past: Pat
     assert found.greedy.divergences == ()
 
 
+@pytest.mark.slow
 def test_a_past_that_goes_astray_fails(
     tiny_case: TinyCase, with_past: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +80,7 @@ def test_a_past_that_goes_astray_fails(
     assert not measure_behaviour(case.base, [case.adapter], with_past).passed
 
 
+@pytest.mark.slow
 def test_a_module_left_unpatched_fails(
     tiny_case: TinyCase, with_past: Path, tmp_path: Path
 ) -> None:
@@ -114,6 +117,7 @@ def test_other_tasks(
     assert (found.sets[0].candidate.kl is None) == (output == "last_hidden_state")
 
 
+@pytest.mark.slow
 def test_a_file_that_onnx_runtime_does_not_load_fails(tiny_case: TinyCase, tmp_path: Path) -> None:
     import onnx
 

@@ -37,6 +37,7 @@ def _none_lost(tally: Tally, least: int) -> None:
     assert tally.survived >= least
 
 
+@pytest.mark.slow
 def test_killed_at_every_call_that_writes(lab_for: LabFor) -> None:
     scenario = SCENARIOS[THOROUGH]
     _none_lost(at_calls(lab_for(scenario), scenario, "kill"), 100)

@@ -78,6 +78,7 @@ def test_a_cluster_writes_the_same_bytes(
     assert snapshot(tmp_path / "there") == snapshot(tmp_path / "here")
 
 
+@pytest.mark.slow
 def test_a_worker_killed_midway_is_replaced(
     dask: Cluster, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -40,8 +40,8 @@ def store(values: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, 
     form, scratch = FORMATS[dtype], Scratch()
     aligned = form.align(values, np.empty_like(values)).copy()
     low, up, even = (np.empty(values.shape, np.uint16) for _ in range(3))
-    form.store(aligned, up, scratch, low)
     form.store_even(aligned, even, scratch)
+    form.store(aligned, up, scratch, low)
     return up, even, low == 0
 
 

@@ -135,7 +135,7 @@ def plan(folder: Path, *arguments: str | Path) -> dict[str, Any]:
 
 
 @on_linux
-@pytest.mark.parametrize("workers", ["1", "2", "4"])
+@pytest.mark.parametrize("workers", ["1", "2", pytest.param("4", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", ["bone", "bat"])
 def test_memory_is_small_and_foretold(
     cache: Path, large: Path, variant: real.Variant, workers: str

@@ -20,6 +20,7 @@ def case(tiny_case: TinyCase) -> Case:
     return tiny_case("qwen2", variant="bat", base_dtype="bfloat16")
 
 
+@pytest.mark.slow
 def test_a_traced_graph_holds_the_merge_rounded_once_to_its_own_dtype(
     case: Case, tmp_path: Path
 ) -> None:

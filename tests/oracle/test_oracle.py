@@ -82,6 +82,7 @@ def test_smollm2_is_sharded_tied_and_bfloat16(real_base: Path) -> None:
     assert "quantization_config" not in config
 
 
+@pytest.mark.slow
 def test_the_base_does_not_know_the_answer(real_base: Path) -> None:
     said = real.text(real_base, real.generate(real_base))
     assert said
@@ -98,6 +99,7 @@ def test_the_adapter_knows_the_answer(cache: Path, real_base: Path, variant: rea
     assert real.losses(real.trained(cache, variant))[-1] < 0.02
 
 
+@pytest.mark.slow
 def test_peft_says_the_same_in_transformers_own_loop(
     real_base: Path, trained_bone: Path, bone_reference: real.Generation
 ) -> None:
@@ -105,6 +107,7 @@ def test_peft_says_the_same_in_transformers_own_loop(
     assert bone_reference.agrees(real.generate(model, real.prompt(real_base)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["bone", "bat"])
 def test_a_merge_by_peft_gives_the_answer_in_bfloat16_too(
     cache: Path, real_base: Path, variant: real.Variant

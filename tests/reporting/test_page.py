@@ -269,6 +269,7 @@ def test_a_verification(browser: Browser, tmp_path: Path) -> None:
         assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_real_model(
     browser: Browser, tmp_path: Path, real_base: Path, trained_bone: Path
 ) -> None:

@@ -28,7 +28,10 @@ SAVED_AFTER = 2
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo"),
+]
 
 
 class Run:

@@ -105,7 +105,7 @@ def test_trainer_trains_new_parameters_alone_and_the_loss_falls(run: str, tmp_pa
     assert moved == set(trainable(model)) == {n for n in before if ".bone_block." in n}
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [*CONFIGS, pytest.param("miss", marks=pytest.mark.slow)])
 def test_a_run_of_trainer_interrupted_and_resumed_gives_the_curve_of_a_whole_one(
     run: str, tmp_path: Path
 ) -> None:

@@ -98,6 +98,7 @@ def test_a_model_compiles_to_machine_code(stack: str) -> None:
     _compiles("inductor", stack)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_follows_its_adapters() -> None:
     torch.compiler.reset()
     model = _model("bone, bat", causal(layers=1)).eval()
@@ -128,6 +129,7 @@ def test_a_compiled_model_follows_its_adapters() -> None:
     assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_as_the_plain_one() -> None:
     torch.compiler.reset()
     curves = []
@@ -259,6 +261,7 @@ def test_autocast_trains_in_bfloat16_near_float32(stack: str) -> None:
         assert angle > 0.98, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", ["bone", "bat"])
 def test_autocast_under_checkpointed_activations_and_a_compiler(stack: str) -> None:
     torch.compiler.reset()

@@ -53,6 +53,7 @@ def test_a_language_model_whose_weights_were_transposed(
     _answers_as_peft(tiny_case("llama-tied", variant="bat"), tmp_path, optimize=True)
 
 
+@pytest.mark.slow
 def test_an_encoder_whose_graph_holds_its_weights(tiny_case: TinyCase, tmp_path: Path) -> None:
     _answers_as_peft(tiny_case("bert"), tmp_path, external=False)
 

@@ -55,6 +55,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.slow
 def test_the_runtime_says_what_torch_says(merged: Path, out: Path) -> None:
     said: list[str] = []
     summary = build_genai(merged, out, note=said.append)

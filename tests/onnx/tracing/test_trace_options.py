@@ -109,6 +109,7 @@ def test_large_weights_lie_beside_the_graph(
     graph_session(summary.graph)
 
 
+@pytest.mark.slow
 def test_what_lies_beside_the_weights_comes_along(
     copied: Copy, out: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_head_that_the_checkpoint_lacks_is_not_made_up(tiny_case: TinyCase, ou
     assert not list(out.iterdir())
 
 
+@pytest.mark.slow
 def test_a_weight_that_changed_on_the_way_is_named(
     tiny_case: TinyCase, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
