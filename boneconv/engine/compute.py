@@ -1,8 +1,7 @@
 """Doing one segment: read a chunk, compute, round into the output's dtype, hash, write.
 
 A chunk is a few hundred KiB, so that it and its float32 image stay in a core's cache; that matters
-more for speed than anything else here. Every worker has one `Desk` of buffers that it uses over and
-over.
+more for speed than anything else here. Every worker has one `Scratch` that it uses over and over.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from boneconv.io.files import Reader, Writer
 from boneconv.io.safetensors import ArrayTensor, StoredTensor, Tensor, byte_view
 from boneconv.kernels import Scratch, cast_rows
 
-__all__ = ["Desk", "Leaves", "Merger", "do_segment", "larger", "read_rows"]
+__all__ = ["Leaves", "Merger", "do_segment", "larger", "read_rows"]
 
 _CHUNK_BYTES = 256 * 1024
 
@@ -66,24 +65,8 @@ def larger(one: tuple[float, ...], other: tuple[float, ...]) -> tuple[float, ...
     return tuple(max(pair) for pair in zip(one, other, strict=True))
 
 
-class Desk:
-    """One worker's buffers."""
-
-    def __init__(self) -> None:
-        self.scratch = Scratch()
-        self._buffers: dict[str, NDArray[np.uint8]] = {}
-
-    def array(self, use: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """An array over the buffer of a use; its content is what was left there."""
-        nbytes = int(np.prod(shape)) * dtype.itemsize
-        buffer = self._buffers.get(use)
-        if buffer is None or buffer.nbytes < nbytes:
-            buffer = self._buffers[use] = np.empty(nbytes, np.uint8)
-        return buffer[:nbytes].view(dtype).reshape(shape)
-
-
 def do_segment(
-    segment: Segment, reader: Reader | None, writer: Writer, merger: Merger | None, desk: Desk
+    segment: Segment, reader: Reader | None, writer: Writer, merger: Merger | None, scratch: Scratch
 ) -> Leaves:
     """Reads, computes and writes a segment.
 
@@ -92,34 +75,34 @@ def do_segment(
         reader: The source's file; None where the source is in memory.
         writer: The output file.
         merger: For a merged tensor, what merges it.
-        desk: The worker's buffers.
+        scratch: The worker's work space.
 
     Raises:
         NonFiniteError: A value is NaN or infinite, or overflows the output's dtype.
         FormatError, MachineError: Reading or writing failed.
     """
     if merger is not None:
-        return _merge(segment, reader, writer, merger, desk)
+        return _merge(segment, reader, writer, merger, scratch)
     is_base = segment.tensor.action in (Action.COPY, Action.CAST)
     if segment.tensor.dtype == segment.tensor.source.dtype and (
         is_base or segment.tensor.dtype not in FLOATS
     ):
-        return _copy(segment, _required(reader), writer, desk)
-    return _convert(segment, reader, writer, desk)
+        return _copy(segment, _required(reader), writer, scratch)
+    return _convert(segment, reader, writer, scratch)
 
 
 def _merge(
-    segment: Segment, reader: Reader | None, writer: Writer, merger: Merger, desk: Desk
+    segment: Segment, reader: Reader | None, writer: Writer, merger: Merger, scratch: Scratch
 ) -> Leaves:
     source_hash, output_hash = LeafHasher(), LeafHasher()
     measures: tuple[float, ...] = ()
     for first, count in segment.chunks(merger.preferred_rows()):
         shape = (count, segment.row_elements)
-        rows = _read(segment, reader, first, shape, desk)
+        rows = _read(segment, reader, first, shape, scratch)
         source_hash.update(byte_view(rows))  # while they are in the cache
-        out = desk.array("out", shape, FLOATS[segment.tensor.dtype])
+        out = scratch.take("out", shape, FLOATS[segment.tensor.dtype])
         try:
-            found = merger.merge(rows, first, out, desk.scratch)
+            found = merger.merge(rows, first, out, scratch)
         except NonFiniteError as error:
             raise _name_tensor(error, segment) from error
         measures = larger(measures, found or ())
@@ -128,10 +111,10 @@ def _merge(
     return Leaves(tuple(source_hash.leaves()), tuple(output_hash.leaves()), measures)
 
 
-def _copy(segment: Segment, reader: Reader, writer: Writer, desk: Desk) -> Leaves:
+def _copy(segment: Segment, reader: Reader, writer: Writer, scratch: Scratch) -> Leaves:
     output_hash = LeafHasher()
     width = segment.nbytes // segment.rows
-    buffer = byte_view(desk.array("copy", (min(LEAF, segment.nbytes),), np.dtype(np.uint8)))
+    buffer = byte_view(scratch.take("copy", (min(LEAF, segment.nbytes),), np.dtype(np.uint8)))
     start, end = segment.first_row * width, (segment.first_row + segment.rows) * width
     source = segment.tensor.source
     offset = 0 if isinstance(source, ArrayTensor) else source.offset
@@ -143,14 +126,14 @@ def _copy(segment: Segment, reader: Reader, writer: Writer, desk: Desk) -> Leave
     return Leaves((), tuple(output_hash.leaves()))
 
 
-def _convert(segment: Segment, reader: Reader | None, writer: Writer, desk: Desk) -> Leaves:
+def _convert(segment: Segment, reader: Reader | None, writer: Writer, scratch: Scratch) -> Leaves:
     output_hash = LeafHasher()
     from_adapter = segment.tensor.action in (Action.REPLACE, Action.ADD)
     for first, count in segment.chunks(_CHUNK_BYTES // 2):
-        rows = _read(segment, reader, first, (count, 1), desk)
-        out = desk.array("out", (count, 1), FLOATS[segment.tensor.dtype])
+        rows = _read(segment, reader, first, (count, 1), scratch)
+        out = scratch.take("out", (count, 1), FLOATS[segment.tensor.dtype])
         try:
-            cast_rows(rows, out.dtype, out, desk.scratch)
+            cast_rows(rows, out.dtype, out, scratch)
         except NonFiniteError as error:
             raise _name_tensor(error, segment) from error
         if from_adapter and not np.isfinite(out.astype(np.float64)).all():
@@ -190,12 +173,14 @@ def _stored_dtype(tensor: StoredTensor) -> np.dtype[Any]:
 
 
 def _read(
-    segment: Segment, reader: Reader | None, first: int, shape: tuple[int, int], desk: Desk
+    segment: Segment, reader: Reader | None, first: int, shape: tuple[int, int], scratch: Scratch
 ) -> NDArray[Any]:
     source = segment.tensor.source
     if isinstance(source, ArrayTensor):
         return read_rows(source, None, first, shape)
-    return read_rows(source, reader, first, shape, desk.array("rows", shape, _stored_dtype(source)))
+    return read_rows(
+        source, reader, first, shape, scratch.take("rows", shape, _stored_dtype(source))
+    )
 
 
 def _write(segment: Segment, writer: Writer, first: int, out: NDArray[Any]) -> None:

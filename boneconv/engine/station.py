@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from boneconv.dtypes import FLOATS
-from boneconv.engine.compute import Desk, Leaves, Merger, do_segment
+from boneconv.engine.compute import Leaves, Merger, do_segment
 from boneconv.engine.plan import PlannedTensor
 from boneconv.engine.segments import Segment
 from boneconv.engine.workers import Place
@@ -15,7 +15,7 @@ from boneconv.errors import NonFiniteError, ShapeError
 from boneconv.io.files import Reader, Writer
 from boneconv.io.open_files import OpenFiles
 from boneconv.io.safetensors import StoredTensor
-from boneconv.kernels import RowMerger, Stage
+from boneconv.kernels import RowMerger, Scratch, Stage
 
 __all__ = ["Station", "Task", "naming_block", "new_merger", "stages_of"]
 
@@ -37,7 +37,7 @@ class Station(OpenFiles):
     ) -> None:
         super().__init__()
         self._queues, self._paths, self._device = queues, paths, device
-        self._desk = Desk()
+        self._scratch = Scratch()
         self._writers: dict[Path, Writer] = {}
         self._queue = -1
         self._mergers: dict[int, tuple[str, Merger]] = {}
@@ -53,7 +53,7 @@ class Station(OpenFiles):
             self._source_of(segment.tensor),
             self._writer(self._paths[shard]),
             self._merger_of(shard, segment.tensor),
-            self._desk,
+            self._scratch,
         )
 
     def _source_of(self, tensor: PlannedTensor) -> Reader | None:

@@ -82,7 +82,7 @@ def add_once(
         add_periodic(wide, tile, out)
         return
     form = FORMATS[out.dtype]
-    total = scratch.take("total", rows.shape, F32)
+    total = scratch.take("total", rows.shape, F32) if wide is rows else wide
     bits = out.view(np.uint16)
     add_periodic(wide, tile, total)
     aligned = form.align(total, total)
@@ -102,7 +102,7 @@ def add_once(
 
 def _zeros(low: Array) -> Array:
     """The flat indices of zeros; most rows have none."""
-    lines = np.flatnonzero(low.min(axis=1) == 0)
+    lines = np.flatnonzero(np.minimum.reduce(low, axis=1) == 0)
     if not len(lines):
         return lines
     columns = low.shape[1]

@@ -48,13 +48,13 @@ class HalfFormat:
         """Round to nearest, ties away from zero.
 
         Args:
-            aligned: float32, of values below `safe`.
+            aligned: float32, of values below `safe`; overwritten.
             out: uint16: the result's bits.
             scratch: Work space.
             low: uint16; zero afterwards where ``aligned`` is a tie, and only there.
         """
-        work = scratch.take("part", aligned.shape, np.uint32)
-        np.add(aligned.view(np.uint32), np.uint32(1 << (self.fraction - 1)), out=work)
+        work = aligned.view(np.uint32)
+        np.add(work, np.uint32(1 << (self.fraction - 1)), out=work)
         if low is not None:
             np.copyto(low, work, casting="unsafe")
             if self.fraction < 16:

@@ -11,7 +11,7 @@ from boneconv.kernels.stage import Array, Stage, is_bat, rank_of, row_update
 
 __all__ = ["Period", "add_periodic"]
 
-_LONG = 512
+_WIDE = 64  # numbers that are worth a call of numpy's inner loop
 
 
 class Period:
@@ -32,32 +32,35 @@ class Period:
             # axis in: the same r rows of `in` numbers for every row block
             self._whole = stage.block if along_out else stage.block.transpose(1, 0, 2)
             self._whole = self._whole.reshape(-1, r if along_out else columns)
-        self.repeats = max(1, min(_LONG, columns) // self._rank)
+        self.repeats = max(1, min(_WIDE, columns) // self._rank)
 
     def rows(self, first: int, count: int, scratch: Scratch) -> Array:
         """Rows ``first .. first + count``: ``[count, p]`` float32, without -0.
 
         Column j of the weight gets column ``j mod p``.
         """
-        part = self._part(first, count)
+        part = self._part(first, count, scratch)
         width = part.shape[1]
         repeats = self.repeats if width == self._rank else 1
         tile = scratch.take("tile", (count, repeats * width), F32)
-        shaped = tile.reshape(count, repeats, width)
-        np.add(part[:, None, :], np.float32(0.0), out=shaped, casting="unsafe")
-        return tile
+        np.copyto(tile.reshape(count, repeats, width), part[:, None, :])
+        return np.add(tile, np.float32(0.0), out=tile)
 
     def nbytes(self, count: int) -> int:
         """The work space that `rows` takes."""
         width = self._rank if self._whole is None else self._whole.shape[1]
-        return 4 * count * width * (self.repeats if width == self._rank else 1)
+        return 4 * count * width * (1 + (self.repeats if width == self._rank else 1))
 
-    def _part(self, first: int, count: int) -> Array:
+    def _part(self, first: int, count: int, scratch: Scratch) -> Array:
         if self._whole is None:
-            return row_update(self._stage, first, count).astype(np.float32, order="C")
+            update = row_update(self._stage, first, count).T
+            # rows of the block are often a power of two apart, which a cache is slow to read across
+            near = scratch.take("near", update.shape, F32)
+            np.copyto(near, update)
+            return near.T
         if self._stage.axis is Axis.OUT:
-            return self._whole[first : first + count].astype(np.float32)
-        return self._whole[np.arange(first, first + count) % self._rank].astype(np.float32)
+            return self._whole[first : first + count]
+        return self._whole[np.arange(first, first + count) % self._rank]
 
 
 def add_periodic(values: Array, tile: Array, out: Array) -> None:

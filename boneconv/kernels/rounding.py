@@ -128,8 +128,8 @@ def largest_magnitude(values: Array) -> float:
     unsigned = BITS[values.dtype]
     bits = values.view(unsigned)
     sign = 1 << (8 * values.dtype.itemsize - 1)
-    positive = max(int(bits.view(f"i{values.dtype.itemsize}").max()), 0)
-    negative = int(bits.max())
+    positive = max(int(np.maximum.reduce(bits.view(f"i{values.dtype.itemsize}"), axis=None)), 0)
+    negative = int(np.maximum.reduce(bits, axis=None))
     magnitude = max(positive, negative - sign)
     return float(np.asarray(magnitude, unsigned).view(values.dtype))
 

@@ -35,9 +35,9 @@ def round_to_half(
     """
     total = total.reshape(-1)
     above = scratch.take("above", total.shape, F32)
-    form.store(form.align(total, above), out.view(np.uint16).reshape(-1), scratch)
+    below = np.abs(total, out=scratch.take("part", total.shape, F32))
+    form.store(form.align(total, total), out.view(np.uint16).reshape(-1), scratch)
     step = np.nextafter(np.float32(max(delta, _LEAST)), np.float32(np.inf))
-    below = np.abs(total, out=total)
     np.add(below, step, out=above)
     np.subtract(below, step, out=below)
     above, below = form.align(above, above), form.align(below, below)

@@ -9,7 +9,7 @@ import blake3
 import numpy as np
 
 from boneconv.dtypes import F64, FLOATS
-from boneconv.engine.compute import Desk, read_rows
+from boneconv.engine.compute import read_rows
 from boneconv.engine.dequantise import Dequantisation
 from boneconv.engine.plan import Action, PlannedShard, PlannedTensor
 from boneconv.engine.segments import Segment, segments_of
@@ -19,7 +19,7 @@ from boneconv.errors import NonFiniteError
 from boneconv.io.files import Reader
 from boneconv.io.open_files import OpenFiles
 from boneconv.io.safetensors import StoredTensor, Tensor, byte_view
-from boneconv.kernels import RowMerger, cast_rows
+from boneconv.kernels import RowMerger, Scratch, cast_rows
 from boneconv.kernels.scaled import ScaleGrid
 from boneconv.kernels.stage import Array
 from boneconv.verification.compare import compare_chunk, compare_merged
@@ -138,7 +138,7 @@ class Worker(OpenFiles):
     def __init__(self, queues: Sequence[Sequence[Task]]) -> None:
         super().__init__()
         self._queues = queues
-        self._desk = Desk()
+        self._scratch = Scratch()
         self._at: PlannedTensor | None = None
         self._merger: RowMerger | None = None
         self._reach: Reach | None = None
@@ -167,12 +167,12 @@ class Worker(OpenFiles):
             shape = (count, segment.row_elements)
             rows = self._read_source(planned, first, shape)
             have = self._read(held, first, shape, "have")
-            want = self._desk.array("want", shape, FLOATS[planned.dtype])
-            merger.merge(rows, first, want, self._desk.scratch)
+            want = self._scratch.take("want", shape, FLOATS[planned.dtype])
+            merger.merge(rows, first, want, self._scratch)
             if first == 0:
                 heads = Heads(_digest(want), _digest(have), _digest(rows.astype(want.dtype)))
             judge = None if self._unexplained > _HOPELESS else reach
-            part = compare_merged(rows, first, want, have, judge, self._desk.scratch)
+            part = compare_merged(rows, first, want, have, judge, self._scratch)
             self._unexplained += part.unexplained
             found += part
         return Part(found, heads)
@@ -187,8 +187,8 @@ class Worker(OpenFiles):
             have = self._read(held, first, (count, columns), "have")
             want = rows
             if rows.dtype != dtype:
-                want = self._desk.array("want", rows.shape, dtype)
-                cast_rows(rows, dtype, want, self._desk.scratch)
+                want = self._scratch.take("want", rows.shape, dtype)
+                cast_rows(rows, dtype, want, self._scratch)
             if first == 0:
                 heads = Heads(_digest(want), _digest(have))
             found += compare_chunk(want, have, first * columns)
@@ -201,8 +201,8 @@ class Worker(OpenFiles):
         assert isinstance(held, StoredTensor)
         wrong = 0
         for first, count in segment.chunks(_CHUNK_BYTES):
-            want = self._desk.array("want", (count,), np.dtype(np.uint8))
-            have = self._desk.array("have", (count,), np.dtype(np.uint8))
+            want = self._scratch.take("want", (count,), np.dtype(np.uint8))
+            have = self._scratch.take("have", (count,), np.dtype(np.uint8))
             self.reader(source.path).read_into(byte_view(want), source.offset + first)
             self.reader(held.path).read_into(byte_view(have), held.offset + first)
             if not np.array_equal(want, have):
@@ -229,7 +229,7 @@ class Worker(OpenFiles):
             return self._read(planned.source, first, shape, "rows")
         if self._scaled is None or self._scaled[0] is not planned:
             self._scaled = planned, planned.kernel.grid(planned)
-        rows = self._desk.array("rows", shape, F64)
+        rows = self._scratch.take("rows", shape, F64)
         assert isinstance(planned.source, StoredTensor)
         reader = self.reader(planned.source.path)
         return _dequantised(planned.source, self._scaled[1], reader, first, rows)
@@ -237,7 +237,7 @@ class Worker(OpenFiles):
     def _read(self, tensor: Tensor, first: int, shape: tuple[int, int], use: str) -> Array:
         if not isinstance(tensor, StoredTensor):
             return read_rows(tensor, None, first, shape)
-        into = self._desk.array(use, shape, FLOATS[tensor.dtype])
+        into = self._scratch.take(use, shape, FLOATS[tensor.dtype])
         return read_rows(tensor, self.reader(tensor.path), first, shape, into)
 
 
