@@ -62,6 +62,11 @@ class Size:
         found["lm_head.weight"] = (self.vocabulary, self.hidden)
         return found
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers all tensors hold."""
+        return sum(math.prod(shape) for shape in self.tensors().values())
+
     def config(self) -> dict[str, object]:
         """config.json."""
         return {
@@ -81,6 +86,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(256, 704, 2, 64, 1000, 2),
+    "300m": Size(1024, 2816, 22, 256, 32000, 2),
     "1b": Size(2048, 5632, 22, 256, 32000, 4),
     "4b": Size(3072, 8192, 36, 1024, 32000, 8),
 }
@@ -97,7 +103,7 @@ def _make_base(folder: Path, size: Size) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     tensors = size.tensors()
-    total = sum(2 * math.prod(shape) for shape in tensors.values())
+    total = 2 * size.parameters
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in tensors.items():

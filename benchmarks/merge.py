@@ -1,24 +1,29 @@
-"""Merging against copying and against PEFT, side by side.
+"""Merging against copying, PEFT and axolotl, side by side.
 
-    python benchmarks/merge.py FOLDER [--sizes 1b 4b] [--rounds 5] [--peft]
+    python benchmarks/merge.py FOLDER [--sizes 1b 4b] [--rounds 5] [--peft] [--axolotl]
+                                      [--plot merge.svg]
 
 FOLDER needs room for the checkpoints and one more copy of each. Tools take turns; the old output is
-removed, and the disk flushed, outside the clock. Prints the table that RESULTS.md holds and, with
---plot, draws it.
+removed, and the disk flushed, outside the clock. Prints the tables that RESULTS.md holds and draws
+time and memory against size. axolotl merges the LoRA that is exactly the Bone adapter
+(`boneconv convert --to peft-lora`); see axolotl_merge.py for what it needs.
 """
 
 from __future__ import annotations
 
 import argparse
+import compileall
 import os
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import boneconv
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -41,6 +46,7 @@ class Tool:
         places = {
             "{base}": str(folder / "base"),
             "{adapter}": str(folder / variant),
+            "{lora}": str(folder / "lora"),
             "{out}": str(folder / "out"),
         }
         return [places.get(word, word) for word in self.command]
@@ -53,10 +59,56 @@ MERGE = Tool("boneconv", (BONECONV, "merge", "{base}", "{adapter}", "{out}", "--
 NO_FLUSH = Tool("- fsync", (*_PARTS, "--no-flush"))
 NO_DIGESTS = Tool("- fsync - digests", (*_PARTS, "--no-flush", "--no-digests"))
 PLAIN = Tool("- fsync - digests - canonical", (*_PARTS, "--no-flush", "--no-digests", "--plain"))
-PEFT = Tool(
-    "PEFT 0.18.1",
-    (sys.executable, "-W", "ignore", str(HERE / "peft_merge.py"), "{base}", "{adapter}", "{out}"),
+_PEFT = (
+    sys.executable,
+    "-W",
+    "ignore",
+    str(HERE / "peft_merge.py"),
+    "{base}",
+    "{adapter}",
+    "{out}",
 )
+_AXOLOTL = (sys.executable, "-W", "ignore", str(HERE / "axolotl_merge.py"))
+PEFT = Tool("PEFT 0.18.1", _PEFT)
+AXOLOTL = Tool("axolotl 0.19.0, as LoRA", (*_AXOLOTL, "{base}", "{lora}", "{out}"))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured with one checkpoint and variant.
+
+    Attributes:
+        size: A name of `SIZES`.
+        variant: ``bone`` or ``bat``.
+        times: The rounds of each tool.
+        memory: The peak of some tools.
+    """
+
+    size: str
+    variant: str
+    times: dict[str, list[Timing]]
+    memory: dict[str, Memory]
+
+    def ratio(self, tool: str, to: Tool) -> float:
+        """The median of the ratios of wall clock taken round by round."""
+        pairs = zip(self.times[tool], self.times[to.name], strict=True)
+        return statistics.median(one.wall / other.wall for one, other in pairs)
+
+    def wall(self, tool: str) -> float:
+        """The median wall clock, in seconds."""
+        return statistics.median(run.wall for run in self.times[tool])
+
+    def rows(self) -> list[str]:
+        """The table's rows."""
+        return [self._row(name) for name in self.times]
+
+    def _row(self, name: str) -> str:
+        cpu = statistics.median(run.cpu for run in self.times[name])
+        used = self.memory.get(name)
+        cells = [name, *(f"{figure:.2f}" for figure in (self.wall(name), cpu))]
+        cells += [f"{self.ratio(name, copying):.2f}" for copying in (CP, CP_SYNC)]
+        cells += [f"{n / 1e6:.0f}" for n in (used.resident, used.anonymous)] if used else ["-", "-"]
+        return f"| {' | '.join(cells)} |"
 
 
 def measure(
@@ -82,32 +134,54 @@ def peak(folder: Path, variant: str, tool: Tool) -> Memory:
     return found
 
 
-def rows(times: dict[str, list[Timing]], memory: dict[str, Memory]) -> list[str]:
-    """Table rows: medians, and the median of the ratios taken round by round."""
-    lines = []
-    for name, runs in times.items():
-        ratio = statistics.median(
-            run.wall / copy.wall for run, copy in zip(runs, times[CP.name], strict=True)
-        )
-        flushed = statistics.median(
-            run.wall / copy.wall for run, copy in zip(runs, times[CP_SYNC.name], strict=True)
-        )
-        wall = statistics.median(run.wall for run in runs)
-        cpu = statistics.median(run.cpu for run in runs)
-        used = memory.get(name)
-        memory_cells = (
-            f"{used.resident / 1e6:.0f} | {used.anonymous / 1e6:.0f}" if used else "- | -"
-        )
-        lines.append(
-            f"| {name} | {wall:.2f} | {cpu:.2f} | {ratio:.2f} | {flushed:.2f} | {memory_cells} |"
-        )
-    return lines
-
-
 def _clear(folder: Path) -> None:
     shutil.rmtree(folder / "out", ignore_errors=True)
     shutil.rmtree(folder / "out.partial", ignore_errors=True)
     os.sync()
+
+
+def prepare(folder: Path, size: str) -> None:
+    """Makes the checkpoint and its adapters where they are missing, and reads them once."""
+    if not (folder / "bat" / "adapter_config.json").is_file():
+        make(folder, SIZES[size])
+    if not (folder / "lora").is_dir():
+        boneconv.convert(folder / "bone", folder / "lora", to="peft-lora", base=folder / "base")
+    subprocess.run(["sh", "-c", 'cat "$0"/*/*.safetensors > /dev/null', folder], check=True)
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Time and memory against the checkpoint's size, every tool a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "boneconv"
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    lines: dict[str, list[tuple[float, float, float | None]]] = {}
+    for result in results:
+        for name in result.times:
+            if name.startswith("-") or (name == CP.name and result.variant == "bat"):
+                continue
+            variant = "" if name.startswith("cp") else {"bone": ", Bone", "bat": ", BAT"}
+            label = name + (variant[result.variant] if variant else "")
+            used = result.memory.get(name)
+            point = (
+                SIZES[result.size].parameters / 1e9,
+                result.wall(name),
+                used.resident / 1e6 if used else None,
+            )
+            lines.setdefault(label, []).append(point)
+    for label, points in lines.items():
+        sizes = [size for size, _, _ in points]
+        axes[0].plot(sizes, [wall for _, wall, _ in points], marker="o", label=label)
+        if points[0][2] is not None:
+            axes[1].plot(sizes, [used for _, _, used in points], marker="o", label=label)
+    for axis, name in zip(axes, ("seconds", "peak memory, MB"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="parameters, billions", ylabel=name)
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize="small")
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main() -> None:
@@ -117,23 +191,29 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["1b"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peft", action="store_true", help="PEFT too (needs the model's memory)")
+    parser.add_argument("--axolotl", action="store_true", help="axolotl too, for Bone")
+    parser.add_argument("--plot", type=Path, help="an .svg or .png")
     options = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores")
+    compileall.compile_dir(Path(boneconv.__file__).parent, quiet=1)  # as an installer does
+    results = []
     for size in options.sizes:
         folder = options.folder / size
-        if not (folder / "bat" / "adapter_config.json").is_file():
-            make(folder, SIZES[size])
-        subprocess.run(["sh", "-c", 'cat "$0"/*/*.safetensors > /dev/null', folder], check=True)
+        prepare(folder, size)
         for variant in ("bone", "bat"):
             tools = [CP, CP_SYNC, MERGE, NO_FLUSH, NO_DIGESTS, PLAIN]
             tools += [PEFT] if options.peft else []
+            tools += [AXOLOTL] if options.axolotl and variant == "bone" else []
             times = measure(folder, variant, tools, options.rounds)
-            measured = [tool for tool in tools if tool in (MERGE, PEFT)]
+            measured = [tool for tool in tools if tool in (MERGE, PEFT, AXOLOTL)]
             memory = {tool.name: peak(folder, variant, tool) for tool in measured}
+            results.append(Result(size, variant, times, memory))
             print(f"\n### {size}, {variant}\n")
             print("| | wall s | CPU s | wall / cp | wall / (cp; sync) | peak MB | anonymous MB |")
             print("| --- | --- | --- | --- | --- | --- | --- |")
-            print("\n".join(rows(times, memory)), flush=True)
+            print("\n".join(results[-1].rows()), flush=True)
+    if options.plot:
+        draw(results, options.plot)
 
 
 if __name__ == "__main__":
