@@ -185,7 +185,43 @@ def test_a_shard_is_finished_after_its_flush(
         assert events.index(("flushed", name)) + 1 == events.index(("finished", name))
 
 
+def test_a_large_shard_is_flushed_as_it_grows(
+    base: Path, blocks: dict[str, Update], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(Writer, "sync", lambda self: flushed.append(self.path.name))
+    monkeypatch.setattr(stream, "_FLUSH", 2 * MIB)
+    _stream(_shards(base, blocks), tmp_path / "out")
+    assert flushed.count("one") > 1
+    assert flushed.count("nothing") == 1
+
+
 # --- errors -----------------------------------------------------------------------------------
+
+
+def test_a_flush_that_fails_before_the_shard_is_complete(
+    base: Path, blocks: dict[str, Update], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    complete: list[str] = []
+
+    def first_fails(self: Writer) -> None:
+        flushed.append(self.path.name)
+        if flushed == ["one"]:
+            raise MachineError("no space left", path=self.path)
+
+    monkeypatch.setattr(Writer, "sync", first_fails)
+    monkeypatch.setattr(stream, "_FLUSH", 2 * MIB)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(MachineError, match="no space left"):
+        stream.stream(
+            _shards(base, blocks),
+            lambda shard: tmp_path / "out" / shard.name,
+            workers=1,
+            finished=lambda shard, _: complete.append(shard.name),
+        )
+    assert "two" in flushed
+    assert "one" not in complete
 
 
 def _with_value(base: Path, folder: Path, value: float) -> Path:
