@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from boneconv.engine.plan import Plan, PlannedShard
 from boneconv.engine.remote import stream_on
 from boneconv.engine.stream import ShardDigests, TensorDigests, stream
 from boneconv.errors import BoneconvError, OutputExistsError
+from boneconv.io.copying import copy_file
 from boneconv.io.files import Reader, machine_errors, sync_file
 from boneconv.io.safetensors import read_header
 from boneconv.io.staging import (
@@ -299,11 +299,8 @@ def _is_intact(path: Path, shard: PlannedShard, digests: ShardDigests) -> bool:
 
 def _write_folder(plan: Plan, target: Path) -> None:
     for name, source in plan.copies.items():
-        destination = target / name
-        with machine_errors(destination):
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, destination)
-            sync_file(destination)
+        copy_file(source, target / name)
+        sync_file(target / name)
     for name, content in plan.texts.items():
         _write_file(target / name, content)
 

@@ -17,6 +17,7 @@ from boneconv.dtypes import FLOAT8S, FLOATS
 from boneconv.engine.plan import Action
 from boneconv.engine.segments import Segment
 from boneconv.errors import NonFiniteError
+from boneconv.io.copying import share_range
 from boneconv.io.files import Reader, Writer
 from boneconv.io.safetensors import ArrayTensor, StoredTensor, Tensor, byte_view
 from boneconv.kernels import Scratch, cast_rows
@@ -118,12 +119,23 @@ def _copy(segment: Segment, reader: Reader, writer: Writer, scratch: Scratch) ->
     start, end = segment.first_row * width, (segment.first_row + segment.rows) * width
     source = segment.tensor.source
     offset = 0 if isinstance(source, ArrayTensor) else source.offset
+    shared = share_range(reader, offset + start, writer, segment.offset + start, end - start)
     for position in range(start, end, LEAF):
         part = buffer[: min(LEAF, end - position)]
         reader.read_into(part, offset + position)
         output_hash.update(part)
-        writer.write_at(part, segment.offset + position)
+        _write_around(shared, part, segment.offset + position, writer)
     return Leaves((), tuple(output_hash.leaves()))
+
+
+def _write_around(shared: range, part: memoryview, offset: int, writer: Writer) -> None:
+    """Writes what of a part the output does not hold already."""
+    before = max(0, min(len(part), shared.start - offset))
+    after = max(before, min(len(part), shared.stop - offset))
+    if before:
+        writer.write_at(part[:before], offset)
+    if after < len(part):
+        writer.write_at(part[after:], offset + after)
 
 
 def _convert(segment: Segment, reader: Reader | None, writer: Writer, scratch: Scratch) -> Leaves:

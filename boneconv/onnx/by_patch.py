@@ -11,12 +11,12 @@ from boneconv.engine.progress import Progress
 from boneconv.errors import UsageError
 from boneconv.graphs import GRAPH_NAME, Graph, open_graph, refuse_quantised
 from boneconv.io.checkpoint import open_checkpoint
+from boneconv.io.copying import copy_file
 from boneconv.io.files import machine_errors
 from boneconv.io.safetensors import StoredTensor
 from boneconv.io.staging import require_space
 from boneconv.io.weight_files import is_weight_copy
 from boneconv.onnx.child import accept_in_child
-from boneconv.onnx.copying import copy_file
 from boneconv.onnx.fingerprint import base_mismatches
 from boneconv.onnx.outcome import Made
 from boneconv.onnx.patching.check import check_patched

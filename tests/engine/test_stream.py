@@ -30,6 +30,7 @@ from tests.builders import (
     tree_digest,
     unpack,
 )
+from tests.sharing import sharing_file_system
 
 MIB = 1024 * 1024
 SHAPE = (1536, 768)  # 2.25 MiB in bfloat16: three leaves, the last one short
@@ -183,6 +184,24 @@ def test_a_shard_is_finished_after_its_flush(
     )
     for name in ("one", "two", "nothing"):
         assert events.index(("flushed", name)) + 1 == events.index(("finished", name))
+
+
+def test_untouched_tensors_share_the_base_s_blocks_where_that_can_be(
+    base: Path, blocks: dict[str, Update], tmp_path: Path
+) -> None:
+    file = read_header(base)
+    stored = file.tensors
+    same = [PlannedTensor(n, t.dtype, Action.COPY, t) for n, t in stored.items()]
+    shards = [PlannedShard.like(file, base.name, same)]
+    copied = _stream(shards, tmp_path / "copied")
+    with sharing_file_system() as shared:
+        found = _stream(shards, tmp_path / "shared")
+    assert found == copied
+    for folder in ("copied", "shared"):
+        assert unpack(tmp_path / folder / base.name).keys() == stored.keys()
+        for name, array in unpack(tmp_path / folder / base.name).items():
+            assert same_bits(array, unpack(base)[name])
+    assert sum(shared) > 0.8 * sum(tensor.nbytes for tensor in same)
 
 
 def test_a_large_shard_is_flushed_as_it_grows(

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from boneconv.errors import UsageError, listing
 from boneconv.graphs import Graph, Placement
+from boneconv.io.copying import copy_file
 from boneconv.io.files import Writer
 from boneconv.io.safetensors import byte_view
-from boneconv.onnx.copying import copy_file
 from boneconv.onnx.patching.jobs import Job
 from boneconv.onnx.patching.proto import Addition, edit_proto
 from boneconv.onnx.patching.values import Values, work_out

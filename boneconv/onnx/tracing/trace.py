@@ -17,9 +17,9 @@ from typing import Any
 from boneconv.dtypes import by_cli_name
 from boneconv.errors import InputError, UsageError
 from boneconv.io.checkpoint import Checkpoint, open_checkpoint
+from boneconv.io.copying import copy_file
 from boneconv.io.files import machine_errors
 from boneconv.onnx.child import accept_in_child
-from boneconv.onnx.copying import copy_file
 from boneconv.onnx.tracing.exporter import Traced, trace_plain, trace_with_past
 from boneconv.onnx.tracing.found import GraphWeights, check_all_found, digests
 from boneconv.onnx.tracing.interface import name_axes, opset_of, strip_notes
