@@ -23,7 +23,7 @@ _PROCESS = 4_000_000
 _PRODUCTS = 4_000_000
 #: Elements that are computed at a time, and the kernels' bytes for each.
 _CHUNK = 1 << 17
-_SUM_SCRATCH, _PRODUCT_SCRATCH = 22, 34
+_SUM_SCRATCH, _PRODUCT_SCRATCH = 14, 34
 #: A chunk of a float8 weight, as float64 and float32 and on its way to 16 bits; where it is merged,
 #: what the general kernel makes of it too.
 _DEQUANTISED = (1 << 16) * 24

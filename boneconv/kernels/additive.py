@@ -54,7 +54,7 @@ class AdditiveMerger:
 
     def scratch_nbytes(self, rows: int, columns: int) -> int:
         """The work space that `merge` takes."""
-        return 18 * rows * columns + self._period.nbytes(rows)
+        return 12 * rows * columns + self._period.nbytes(rows)
 
     def merge(
         self, rows: Array, first_row: int, out: Array, largest: float, scratch: Scratch
