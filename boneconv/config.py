@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -285,7 +284,7 @@ def _other_method(peft_type: object) -> str | None:
 
 def _replace_file(path: Path, content: bytes) -> None:
     """Writes a file under another name and renames it: it is whole whenever it is there."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    draft = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     try:
         with draft.open("xb") as file:
             file.write(content)

@@ -14,7 +14,7 @@ from boneconv.io.safetensors import ArrayTensor
 __all__ = ["predict_peak"]
 
 #: Resident memory of an interpreter with numpy, ml_dtypes, click and boneconv, before any work.
-_INTERPRETER = 42_000_000
+_INTERPRETER = 38_000_000
 _HEADER_PER_TENSOR = 2_000
 #: A worker's buffers for copying and hashing; what a process of its own does not share; the work
 #: space of matrix products.

@@ -8,7 +8,6 @@ against the size and the digest that the listing gives.
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import re
 import shutil
@@ -320,6 +319,8 @@ def _digest(path: Path, file: File) -> str | None:
     """The content's SHA-256 or its Git object id, whichever the listing has."""
     if file.digest is None:
         return None
+    import hashlib  # which loads OpenSSL: four megabytes that a merge of local files has no use for
+
     with path.open("rb") as content:
         if len(file.digest) == 64:
             return hashlib.file_digest(content, "sha256").hexdigest()

@@ -23,7 +23,7 @@ from boneconv.kernels.stage import Array, Stage, rank_of
 
 __all__ = ["Recheck"]
 
-_AT_ONCE = 1 << 16
+_AT_ONCE = 1 << 15
 _FEW = 64
 _UNDERFLOW = 2.0**-900  # what a tiny scale may lose
 _UP = 1 + 2.0**-20
