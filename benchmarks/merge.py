@@ -1,18 +1,20 @@
 """Merging against copying, PEFT and axolotl, side by side.
 
-    python benchmarks/merge.py FOLDER [--sizes 1b 4b] [--rounds 5] [--peft] [--axolotl]
-                                      [--plot merge.svg]
+    python benchmarks/merge.py FOLDER [--sizes 1b 4b] [--rounds 5] [--no-parts] [--peft]
+                                      [--axolotl] [--results merge.json] [--plot merge.svg]
 
 FOLDER needs room for the checkpoints and one more copy of each. Tools take turns; the old output is
 removed, and the disk flushed, outside the clock. Prints the tables that RESULTS.md holds and draws
-time and memory against size. axolotl merges the LoRA that is exactly the Bone adapter
-(`boneconv convert --to peft-lora`); see axolotl_merge.py for what it needs.
+time and memory against size, those of earlier runs in the same --results file too. axolotl merges
+the LoRA that is exactly the Bone adapter (`boneconv convert --to peft-lora`); see axolotl_merge.py
+for what it needs.
 """
 
 from __future__ import annotations
 
 import argparse
 import compileall
+import json
 import os
 import platform
 import shutil
@@ -20,7 +22,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import boneconv
@@ -149,6 +151,19 @@ def prepare(folder: Path, size: str) -> None:
     subprocess.run(["sh", "-c", 'cat "$0"/*/*.safetensors > /dev/null', folder], check=True)
 
 
+def load(path: Path | None) -> dict[tuple[str, str], Result]:
+    """The results of earlier runs."""
+    if path is None or not path.is_file():
+        return {}
+    found = {}
+    for entry in json.loads(path.read_text()):
+        times = {name: [Timing(**run) for run in runs] for name, runs in entry["times"].items()}
+        memory = {name: Memory(**used) for name, used in entry["memory"].items()}
+        key = entry["size"], entry["variant"]
+        found[key] = Result(*key, times, memory)
+    return found
+
+
 def draw(results: Sequence[Result], path: Path) -> None:
     """Time and memory against the checkpoint's size, every tool a line."""
     import matplotlib
@@ -190,30 +205,38 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["1b"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-parts", action="store_true", help="nothing with parts switched off")
     parser.add_argument("--peft", action="store_true", help="PEFT too (needs the model's memory)")
     parser.add_argument("--axolotl", action="store_true", help="axolotl too, for Bone")
+    parser.add_argument(
+        "--results", type=Path, help="a file to read earlier results from, and keep"
+    )
     parser.add_argument("--plot", type=Path, help="an .svg or .png")
     options = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores")
     compileall.compile_dir(Path(boneconv.__file__).parent, quiet=1)  # as an installer does
-    results = []
+    results = load(options.results)
     for size in options.sizes:
         folder = options.folder / size
         prepare(folder, size)
         for variant in ("bone", "bat"):
-            tools = [CP, CP_SYNC, MERGE, NO_FLUSH, NO_DIGESTS, PLAIN]
+            tools = [CP, CP_SYNC, MERGE]
+            tools += [] if options.no_parts else [NO_FLUSH, NO_DIGESTS, PLAIN]
             tools += [PEFT] if options.peft else []
             tools += [AXOLOTL] if options.axolotl and variant == "bone" else []
             times = measure(folder, variant, tools, options.rounds)
             measured = [tool for tool in tools if tool in (MERGE, PEFT, AXOLOTL)]
             memory = {tool.name: peak(folder, variant, tool) for tool in measured}
-            results.append(Result(size, variant, times, memory))
+            found = results[size, variant] = Result(size, variant, times, memory)
             print(f"\n### {size}, {variant}\n")
             print("| | wall s | CPU s | wall / cp | wall / (cp; sync) | peak MB | anonymous MB |")
             print("| --- | --- | --- | --- | --- | --- | --- |")
-            print("\n".join(results[-1].rows()), flush=True)
+            print("\n".join(found.rows()), flush=True)
+    ordered = sorted(results.values(), key=lambda result: SIZES[result.size].parameters)
+    if options.results:
+        options.results.write_text(json.dumps([asdict(result) for result in ordered], indent=1))
     if options.plot:
-        draw(results, options.plot)
+        draw(ordered, options.plot)
 
 
 if __name__ == "__main__":
