@@ -172,31 +172,39 @@ def draw(results: Sequence[Result], path: Path) -> None:
     from matplotlib import pyplot
 
     matplotlib.rcParams["svg.hashsalt"] = "boneconv"
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    lines: dict[str, list[tuple[float, float, float | None]]] = {}
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for number, (label, points) in enumerate(_lines(results).items()):
+        sizes = [size for size, _, _ in points]
+        style = {"marker": "o", "label": label, "color": f"C{number}"}
+        left.plot(sizes, [wall for _, wall, _ in points], **style)
+        used = [(size, memory.resident / 1e6) for size, _, memory in points if memory]
+        if used:
+            right.plot(*zip(*used, strict=True), **style)
+    for axis, name in ((left, "seconds"), (right, "peak memory, MB")):
+        axis.set(xscale="log", yscale="log", xlabel="parameters, billions", ylabel=name)
+        axis.grid(alpha=0.3)
+    left.legend(fontsize="small")
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _lines(results: Sequence[Result]) -> dict[str, list[tuple[float, float, Memory | None]]]:
+    """Size, time and memory of every tool, in the order of the results."""
+    lines: dict[str, list[tuple[float, float, Memory | None]]] = {}
     for result in results:
         for name in result.times:
-            if name.startswith("-") or (name == CP.name and result.variant == "bat"):
-                continue
-            variant = "" if name.startswith("cp") else {"bone": ", Bone", "bat": ", BAT"}
-            label = name + (variant[result.variant] if variant else "")
-            used = result.memory.get(name)
-            point = (
-                SIZES[result.size].parameters / 1e9,
-                result.wall(name),
-                used.resident / 1e6 if used else None,
-            )
-            lines.setdefault(label, []).append(point)
-    for label, points in lines.items():
-        sizes = [size for size, _, _ in points]
-        axes[0].plot(sizes, [wall for _, wall, _ in points], marker="o", label=label)
-        if points[0][2] is not None:
-            axes[1].plot(sizes, [used for _, _, used in points], marker="o", label=label)
-    for axis, name in zip(axes, ("seconds", "peak memory, MB"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="parameters, billions", ylabel=name)
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize="small")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+            label = _label(name, result.variant)
+            if label:
+                size = SIZES[result.size].parameters / 1e9
+                point = size, result.wall(name), result.memory.get(name)
+                lines.setdefault(label, []).append(point)
+    return lines
+
+
+def _label(tool: str, variant: str) -> str:
+    """A line's label; empty for what is not drawn."""
+    if tool in (MERGE.name, PEFT.name):
+        return f"{tool}, {'Bone' if variant == 'bone' else 'BAT'}"
+    return "" if tool.startswith("-") or variant == "bat" else tool
 
 
 def main() -> None:
