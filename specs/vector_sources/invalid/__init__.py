@@ -1,0 +1,1 @@
+"""The invalid vectors, a module for each thing that breaks a rule."""
