@@ -1,8 +1,4 @@
-"""Names: adapter keys and the tensors of a checkpoint, matched one to one.
-
-The checkpoints are tiny random models that transformers itself saves; every parameter is drawn at
-random, so equal content means the same tensor.
-"""
+"""Adapter names and the tensors of a checkpoint, matched one to one."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,86 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from boneconv.errors import MissingExtraError, NameMatchError
-from boneconv.names import DIRECT, disk_name, module_key, resolve, tied_names, trained_on
+from boneconv.names import DIRECT, disk_name, resolve, tied_names
 from boneconv.names.architecture import Architecture
-
-WRAPPERS = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"]
-
-
-# --- adapter file keys -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("key", "name"),
-    [
-        ("base_model.model.model.layers.0.q_proj.bone_block", "model.layers.0.q_proj.bone_block"),
-        ("model.layers.0.q_proj.bone_block", "model.layers.0.q_proj.bone_block"),
-        ("base_model.model.base_model.model.q.weight", "base_model.model.q.weight"),
-        ("base_model.q.weight", "base_model.q.weight"),
-        ("encoder.base_model.model.q.weight", "encoder.base_model.model.q.weight"),
-        ("base_model.models.q.weight", "base_model.models.q.weight"),
-        ("_orig_mod.base_model.model.q.bone_block", "q.bone_block"),
-        ("base_model._orig_mod.model.q.bone_block", "q.bone_block"),
-        ("module.base_model.model.module.q.bone_block", "module.q.bone_block"),
-        ("module.q.weight", "module.q.weight"),
-        ("base_model.model.q.base_layer.weight", "q.weight"),
-        ("base_model.model.layers._fsdp_wrapped_module.0.q.bone_block", "layers.0.q.bone_block"),
-        ("base_model.model.q.bone_block.default", "q.bone_block"),
-        ("base_model.model.q.miss_block.default", "q.miss_block"),
-        ("base_model.model.head.modules_to_save.default.weight", "head.weight"),
-        ("base_model.model.head.modules_to_save.default._orig_mod.out.bias", "head.out.bias"),
-        ("base_model.model.head.modules_to_save._orig_mod.default.bias", "head.bias"),
-        ("base_model.model.head.modules_to_save.weight", "head.weight"),
-        ("base_model.model.head.modules_to_save.other.weight", "head.other.weight"),
-        ("base_model.model.head.original_module.weight", "head.weight"),
-        ("base_model.model.default.q.weight", "default.q.weight"),
-        ("base_model.model.my_base_layer.base_layers.weight", "my_base_layer.base_layers.weight"),
-    ],
-)
-def test_module_key_strips_the_prefix_once_and_wrappers_as_segments(key: str, name: str) -> None:
-    assert module_key(key) == name
-
-
-SEGMENT = st.from_regex(r"[a-z_]{1,8}|[0-9]{1,3}", fullmatch=True).filter(
-    lambda s: s not in {*WRAPPERS, "modules_to_save", "original_module", "base_model", "module"}
-)
-
-
-@given(name=st.lists(SEGMENT, min_size=1, max_size=6), data=st.data())
-def test_module_key_finds_the_name_wherever_wrappers_stand(
-    name: list[str], data: st.DataObject
-) -> None:
-    wrapped = ["base_model", "model", *name, "bone_block"]
-    for _ in range(data.draw(st.integers(0, 3))):
-        place = data.draw(st.integers(0, len(wrapped)))
-        wrapped.insert(place, data.draw(st.sampled_from(WRAPPERS)))
-    assert module_key(".".join(wrapped)) == ".".join([*name, "bone_block"])
-
-
-def test_module_key_of_a_wrapped_model_is_its_own_name() -> None:
-    import torch
-    from peft import BoneConfig, get_peft_model
-
-    model = _one("BertForSequenceClassification", "BertConfig", **TEXT)()
-    own = set(model.state_dict())
-    blocks = {f"{key.removesuffix('.weight')}.bone_block" for key in own if "query.weight" in key}
-    config = BoneConfig(r=4, target_modules=["query"], modules_to_save=["classifier"])
-    wrapped = torch.compile(get_peft_model(model, config))
-    assert len(blocks) == TEXT["num_hidden_layers"]
-    assert {module_key(key) for key in wrapped.state_dict()} == own | blocks
-
-
-def test_trained_on_reads_what_peft_writes() -> None:
-    library = "transformers.models.bert.modeling_bert"
-    mapping = {"base_model_class": "BertForSequenceClassification", "parent_library": library}
-    assert trained_on(None, mapping) == ("BertForSequenceClassification",)
-    assert trained_on("SEQ_CLS") == ("AutoModelForSequenceClassification",)
-    assert trained_on("FEATURE_EXTRACTION", None) == ("AutoModel",)
-    assert trained_on("something new") == ()
-    assert trained_on() == ()
-    assert trained_on(None, {**mapping, "parent_library": "transformers_modules.own"}) == ()
-    assert trained_on(None, {}) == ()
-
+from tests.names.checkpoints import BY_RENAME, MODELS, TIES, VISION, Base
 
 # --- direct matches --------------------------------------------------------------------------
 
@@ -159,137 +77,6 @@ def test_direct_matches_import_neither_torch_nor_transformers(tmp_path: Path) ->
 
 
 # --- what transformers renames ---------------------------------------------------------------
-
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 40,
-}
-GROUPED = {**TEXT, "num_key_value_heads": 2}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 16,
-    "patch_size": 8,
-}
-ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-
-
-def _llava(*, tied: bool) -> Any:
-    import transformers as tf
-
-    config = tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**VISION),
-        text_config=tf.LlamaConfig(**GROUPED, tie_word_embeddings=tied),
-        image_token_index=39,
-        tie_word_embeddings=tied,
-    )
-    return tf.LlavaForConditionalGeneration(config)
-
-
-def _qwen2_vl() -> Any:
-    import transformers as tf
-
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4}
-    text = {**GROUPED, "rope_parameters": ROPE}
-    config = tf.Qwen2VLConfig(text_config=text, vision_config={**vision, "mlp_ratio": 2})
-    return tf.Qwen2VLForConditionalGeneration(config)
-
-
-def _one(model: str, config: str, **values: Any) -> Callable[[], Any]:
-    def build() -> Any:
-        import transformers as tf
-
-        return getattr(tf, model)(getattr(tf, config)(**values))
-
-    return build
-
-
-OPT = {k: TEXT[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
-OPT |= {"vocab_size": 40, "ffn_dim": 48, "word_embed_proj_dim": 16}
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 40}
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": _one("LlamaForCausalLM", "LlamaConfig", **GROUPED),
-    "llama tied": _one("LlamaForCausalLM", "LlamaConfig", **GROUPED, tie_word_embeddings=True),
-    "llama bare": _one("LlamaModel", "LlamaConfig", **GROUPED),
-    "qwen2": _one("Qwen2ForCausalLM", "Qwen2Config", **GROUPED),
-    "gpt-neox": _one("GPTNeoXForCausalLM", "GPTNeoXConfig", **TEXT),
-    "gpt-neox bare": _one("GPTNeoXModel", "GPTNeoXConfig", **TEXT),
-    "opt": _one("OPTForCausalLM", "OPTConfig", **OPT),
-    "bert bare": _one("BertModel", "BertConfig", **TEXT),
-    "bert classifier": _one("BertForSequenceClassification", "BertConfig", **TEXT),
-    "bert masked": _one("BertForMaskedLM", "BertConfig", **TEXT),
-    "vit": _one("ViTForImageClassification", "ViTConfig", **VISION),
-    "dinov3": _one("DINOv3ViTModel", "DINOv3ViTConfig", **VISION),
-    "t5": _one("T5ForConditionalGeneration", "T5Config", **T5),
-    "mixtral": _one("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=2),
-    "llava": lambda: _llava(tied=False),
-    "llava tied": lambda: _llava(tied=True),
-    "qwen2-vl": _qwen2_vl,
-}
-BY_RENAME = {"dinov3", "gpt-neox", "vit", "llava", "llava tied", "qwen2-vl"}
-TIES = {
-    "llama tied": {"lm_head.weight": "model.embed_tokens.weight"},
-    "opt": {"lm_head.weight": "model.decoder.embed_tokens.weight"},
-    "bert masked": {
-        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-        "cls.predictions.decoder.bias": "cls.predictions.bias",
-    },
-    "t5": {
-        "encoder.embed_tokens.weight": "shared.weight",
-        "decoder.embed_tokens.weight": "shared.weight",
-        "lm_head.weight": "shared.weight",
-    },
-    "llava tied": {"lm_head.weight": "model.language_model.embed_tokens.weight"},
-}
-
-
-@dataclass(frozen=True)
-class Base:
-    """A saved model: its folder, its tensors on disk, and the model that they came from."""
-
-    folder: Path
-    tensors: dict[str, Any]
-    model: Any
-
-    def linear_tensors(self) -> dict[str, Any]:
-        import torch
-
-        return {
-            f"{module_name}.{name}": parameter
-            for module_name, module in self.model.named_modules()
-            if isinstance(module, torch.nn.Linear)
-            for name, parameter in module.named_parameters()
-        }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
-    import torch
-    from safetensors.torch import load_file
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    made: dict[str, Base] = {}
-
-    def get(name: str) -> Base:
-        if name not in made:
-            torch.manual_seed(1)
-            model = MODELS[name]()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.normal_()
-            folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
-            model.save_pretrained(folder)
-            made[name] = Base(folder, load_file(folder / "model.safetensors"), model)
-        return made[name]
-
-    return get
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -613,74 +400,3 @@ def test_a_head_that_no_known_class_has_gets_no_name(base: Callable[[str], Base]
 def test_without_a_config_there_is_no_name_for_an_added_tensor() -> None:
     with pytest.raises(NameMatchError, match=r"without a config\.json"):
         disk_name("lm_head.weight", ["a.weight"], None)
-
-
-# --- configurations that tell nothing --------------------------------------------------------
-
-
-def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
-    with pytest.raises(NameMatchError, match=r"other\.weight.*no config\.json") as caught:
-        resolve(["other.weight"], ["a.weight"], tmp_path)
-    assert caught.value.path == str(tmp_path / "config.json")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "[]",
-        "{}",
-        '{"model_type": "no such model"}',
-        '{"model_type": "llama", "num_hidden_layers": "two"}',
-        '{"model_type": "llama", "hidden_size": -8, "num_hidden_layers": 1}',
-    ],
-)
-def test_a_config_that_no_model_can_be_built_from_is_an_input_error(
-    text: str, tmp_path: Path
-) -> None:
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(NameMatchError, match=r"other\.weight.*transformers 5\.\d+.*cannot build"):
-        resolve(["other.weight"], ["a.weight"], tmp_path)
-
-
-@pytest.mark.parametrize("model_type", ["strange", "llama"])
-def test_code_in_a_checkpoint_is_never_run(model_type: str, tmp_path: Path) -> None:
-    mark = tmp_path / "ran"
-    (tmp_path / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass C: ...\nclass M: ...\n")
-    auto_map = {"AutoConfig": "own.C", "AutoModel": "own.M", "AutoModelForCausalLM": "own.M"}
-    config = {**GROUPED, "model_type": model_type, "architectures": ["M"], "auto_map": auto_map}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    wanted, disk = ["model.layers.0.mlp.up_proj.weight"], ["layers.0.mlp.up_proj.weight"]
-    classes = ["AutoModelForCausalLM", "AutoModel"]
-    if model_type == "llama":
-        resolution = resolve(wanted, disk, tmp_path, architectures=classes)
-        assert resolution.found == dict(zip(wanted, disk, strict=True))
-    else:
-        with pytest.raises(NameMatchError, match="cannot build"):
-            resolve(wanted, disk, tmp_path, architectures=classes)
-    assert not mark.exists()
-
-
-def test_a_transformers_without_the_needed_parts_is_named(
-    base: Callable[[str], Base], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import transformers
-    from transformers import core_model_loading
-
-    saved = base("vit")
-    monkeypatch.delattr(core_model_loading, "rename_source_key")
-    version = transformers.__version__
-    with pytest.raises(MissingExtraError, match=f"transformers {version} .*rename_source_key"):
-        resolve(list(saved.linear_tensors()), list(saved.tensors), saved.folder)
-
-
-def test_the_library_keeps_its_log_level(base: Callable[[str], Base]) -> None:
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.INFO)
-    try:
-        tied_names(base("llama").folder)
-        assert logging.get_verbosity() == logging.INFO
-    finally:
-        logging.set_verbosity(before)
