@@ -16,6 +16,7 @@ from boneconv.dtypes import BF16, F16, F32
 from boneconv.kernels.expansion import two_sum
 from boneconv.kernels.narrow import FORMATS, HalfFormat, widen
 from boneconv.kernels.periodic import Period, add_periodic
+from boneconv.kernels.rounding import largest_magnitude
 from boneconv.kernels.scratch import Scratch
 from boneconv.kernels.stage import Array, Stage
 
@@ -39,7 +40,7 @@ class AdditiveMerger:
     ) -> None:
         self.stage = stage
         self._period = Period(stage, columns)
-        self._largest = float(np.max(np.abs(stage.block.astype(np.float32)), initial=0.0))
+        self._largest = largest_magnitude(stage.block)
         self._brief = {source, target, BF16} == {BF16} and _is_bfloat16(stage.block)
         self._halves = {source, target, stage.block.dtype} == {F16}
 

@@ -26,6 +26,7 @@ from boneconv.kernels.narrow import FORMATS, widen
 from boneconv.kernels.periodic import Period, add_periodic
 from boneconv.kernels.products import rounding_steps, tiles_times_blocks
 from boneconv.kernels.recheck import Recheck
+from boneconv.kernels.rounding import largest_magnitude
 from boneconv.kernels.scratch import Scratch
 from boneconv.kernels.stage import Array, Stage, rank_of
 from boneconv.kernels.ziv import round_to_half, round_to_single
@@ -67,7 +68,7 @@ class BatMerger:
         self._block = _scaled(stage, F32)
         self._steps = rounding_steps(self._rank) + (1 if stage.scale == 1.0 else 2)
         self._norms = _column_norms(self._block)
-        self._largest = float(np.max(np.abs(self._block), initial=0.0))
+        self._largest = largest_magnitude(self._block)
         self._period = Period(replace(stage, block=self._block), columns)
         self._double: Array | None = None
         self.recheck = Recheck(stage, target)

@@ -43,8 +43,8 @@ class Recheck:
         self._target = target
         self._general = GeneralMerger([stage], target)
         # Row number * r + k is column k of a block.
-        by_column = stage.block.astype(np.float32).transpose(0, 2, 1)
-        self._columns = np.ascontiguousarray(by_column).reshape(-1, self._rank)
+        by_column = np.ascontiguousarray(stage.block.transpose(0, 2, 1), np.float32)
+        self._columns = by_column.reshape(-1, self._rank)
 
     @property
     def nbytes(self) -> int:

@@ -111,6 +111,7 @@ def test_bat_in_chunks_is_bat_at_once(tokens: int, monkeypatch: pytest.MonkeyPat
         return [y, *torch.autograd.grad(y, wanted, torch.ones_like(y))]
 
     at_once = run()
+    monkeypatch.setattr(bat, "_WHOLE", 0)
     monkeypatch.setattr(bat, "_SMALL", 1)
     monkeypatch.setattr(bat, "_AHEAD", 1 << 30)
     monkeypatch.setattr(bat, "_BESIDE", 1 << 30)
