@@ -173,15 +173,17 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
     matplotlib.rcParams["svg.hashsalt"] = "boneconv"
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    sizes = sorted({SIZES[result.size].parameters / 1e9 for result in results})
     for number, (label, points) in enumerate(_lines(results).items()):
-        sizes = [size for size, _, _ in points]
         style = {"marker": "o", "label": label, "color": f"C{number}"}
-        left.plot(sizes, [wall for _, wall, _ in points], **style)
+        left.plot(*zip(*((size, wall) for size, wall, _ in points), strict=True), **style)
         used = [(size, memory.resident / 1e6) for size, _, memory in points if memory]
         if used:
             right.plot(*zip(*used, strict=True), **style)
     for axis, name in ((left, "seconds"), (right, "peak memory, MB")):
         axis.set(xscale="log", yscale="log", xlabel="parameters, billions", ylabel=name)
+        axis.minorticks_off()
+        axis.set_xticks(sizes, [f"{size:.1f}" for size in sizes])
         axis.grid(alpha=0.3)
     left.legend(fontsize="small")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
