@@ -132,6 +132,7 @@ def test_a_file_that_onnx_runtime_does_not_load_fails(tiny_case: TinyCase, tmp_p
     assert "ONNX Runtime does not load the graph" in found.reasons[0]
 
 
+@pytest.mark.slow
 def test_verify_of_the_command_line(
     tiny_case: TinyCase, with_past: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

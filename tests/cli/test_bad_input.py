@@ -456,14 +456,14 @@ def test_the_place_for_work_in_progress_is_taken(
 def test_a_failure_of_the_machine_is_code_3_and_keeps_what_is_done(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
+    from boneconv.io import copying
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     (here / BASE / "tokenizer.json").write_text("{}")
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", full)
+        patch.setattr(copying, "_clone", full)
         assert run(MERGE) == 3
     message = capfd.readouterr().err
     assert "the disk is full. Free some space and run the command again" in message

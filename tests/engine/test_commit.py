@@ -23,6 +23,7 @@ from boneconv.errors import (
     MachineError,
     OutputExistsError,
 )
+from boneconv.io import copying
 from boneconv.io.files import Writer
 from boneconv.io.staging import Staging
 from boneconv.planning import plan_merge
@@ -319,7 +320,7 @@ def test_a_file_to_copy_that_cannot_be_copied(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(DiskFullError):
-        patch.setattr(shutil, "copyfile", full)
+        patch.setattr(copying, "_clone", full)
         _run(plan, out)
     assert not out.exists()
     _run(plan, out)

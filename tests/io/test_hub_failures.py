@@ -119,6 +119,7 @@ def test_the_hubs_rate_limit_header_is_heeded(hub: HubServer, run: Runner, tmp_p
     assert run("owner/name").waits == [17]
 
 
+@pytest.mark.slow
 def test_a_silent_server_is_not_waited_for(hub: HubServer, run: Runner, tmp_path: Path) -> None:
     hub.add("owner/name", model(tmp_path / "m"))
     hub.fail("*/tree/*", stall=60)

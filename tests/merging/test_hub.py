@@ -264,6 +264,7 @@ def test_what_the_hub_has_not(
     assert not list(client.out.parent.glob("out.*"))
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_the_machine_s_fault(
     client: Client, hub: HubServer, base: Path, adapter: Path
 ) -> None:

@@ -126,6 +126,7 @@ def test_a_run_of_trainer_interrupted_and_resumed_gives_the_curve_of_a_whole_one
         assert torch.equal(second.model.state_dict()[name], value), name
 
 
+@pytest.mark.slow
 def test_runs_with_one_seed_are_one_run(tmp_path: Path) -> None:
     curves = []
     for part in ("a", "b"):

@@ -81,6 +81,7 @@ def _compiles(backend: str, stack: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_model_compiles_as_one_graph() -> None:
     _compiles("aot_eager", "bone, bat")
 
@@ -166,6 +167,7 @@ def test_a_model_is_exported(stack: str) -> None:
     assert not [name for name in called if "bone" in name.lower()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stack", ["bone", "bat"])
 def test_an_exported_model_takes_any_number_of_tokens(stack: str, strict: bool) -> None:

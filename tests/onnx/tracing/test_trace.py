@@ -118,6 +118,7 @@ DECODERS = [
         for name in ("gpt-neox", "qwen2", "opt", "mixtral")
     ),
 ]
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "vit")]
 #: Those whose keys and values have fewer heads than their queries have 2, the others 4.
 GROUPED = ("llama-tied", "qwen2", "mixtral")
 
@@ -196,6 +197,7 @@ def test_a_decoder_looks_past_padding_on_the_left(traced: Make) -> None:
     assert close(found[:1], graph.torch(input_ids=ids[:1]).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 9), (3, 1), (3, 40)])
 def test_a_classifier_reads_texts_of_any_size(traced: Make, batch: int, length: int) -> None:
     graph = traced("bert")
@@ -207,6 +209,7 @@ def test_a_classifier_reads_texts_of_any_size(traced: Make, batch: int, length: 
     assert close(graph.run(feeds)["logits"], graph.torch(**feeds).logits)
 
 
+@pytest.mark.slow
 def test_a_classifier_looks_past_padding(traced: Make) -> None:
     graph = traced("bert")
     ids, kinds = tokens(2, 6), np.zeros((2, 6), np.int64)
@@ -215,6 +218,7 @@ def test_a_classifier_looks_past_padding(traced: Make) -> None:
     assert close(found[1:], graph.torch(input_ids=ids[1:, :3]).logits)
 
 
+@pytest.mark.slow
 def test_a_classifier_gives_its_logits_alone(traced: Make) -> None:
     graph = traced("bert")
     assert [(o.name, o.shape) for o in graph.session.get_outputs()] == [
@@ -224,6 +228,7 @@ def test_a_classifier_gives_its_logits_alone(traced: Make) -> None:
     assert graph.summary.dropped == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_an_image_model_reads_batches_of_any_size(traced: Make, batch: int) -> None:
     graph = traced("vit")
@@ -233,7 +238,7 @@ def test_an_image_model_reads_batches_of_any_size(traced: Make, batch: int) -> N
     assert close(graph.run({"pixel_values": pixels})["logits"], graph.torch(pixel_values=pixels)[0])
 
 
-@pytest.mark.parametrize("name", [*DECODERS, "bert", "vit"])
+@pytest.mark.parametrize("name", [*DECODERS, *OTHERS])
 def test_every_weight_was_found(traced: Make, name: str) -> None:
     """Those of Mixtral's experts as the two matrices that transformers stacks of them a layer."""
     from safetensors import safe_open
@@ -244,13 +249,13 @@ def test_every_weight_was_found(traced: Make, name: str) -> None:
     assert graph.summary.weights == len(names) + (2 * 2 if name == "mixtral" else 0)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "bert"])
+@pytest.mark.parametrize("name", ["llama-tied", OTHERS[0]])
 def test_memory_is_said_before_anything_else(traced: Make, name: str) -> None:
     assert traced(name).said == ["tracing needs about 0.7 GB of memory"]
     assert traced(name).summary.notes == ()
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "bert", "vit"])
+@pytest.mark.parametrize("name", ["llama-tied", *OTHERS])
 def test_the_files_tell_nothing_of_the_machine(traced: Make, name: str) -> None:
     summary = traced(name).summary
     folder = summary.graph.parent
