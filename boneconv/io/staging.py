@@ -360,6 +360,11 @@ def _remove(path: Path) -> None:
 
 
 def _tree_size(path: Path) -> int:
-    if path.is_file():
-        return path.stat().st_blocks * 512 if hasattr(path.stat(), "st_blocks") else 0
-    return sum(_tree_size(child) for child in path.iterdir()) if path.is_dir() else 0
+    """Bytes on the disk; none for what another run takes away meanwhile."""
+    try:
+        if path.is_dir():
+            return sum(_tree_size(child) for child in path.iterdir())
+        blocks: int = getattr(path.stat(), "st_blocks", 0)
+    except FileNotFoundError:
+        return 0
+    return blocks * 512

@@ -354,3 +354,22 @@ def test_space_is_asked_for_where_the_output_will_be(
     monkeypatch.setattr("shutil.disk_usage", disk_usage)
     require_space(tmp_path / "not" / "yet" / "out", 5)
     assert asked == [tmp_path]
+
+
+def test_what_another_run_takes_away_meanwhile_takes_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "out.partial" / "out"
+    place.mkdir(parents=True)
+    (place / "shard").write_bytes(b"x")
+    is_dir = Path.is_dir
+
+    def answer_and_remove(path: Path) -> bool:
+        answer = is_dir(path)
+        if path == place / "shard":
+            path.unlink()
+        return answer
+
+    monkeypatch.setattr(Path, "is_dir", answer_and_remove)
+    require_space(tmp_path / "out", 5)
+    assert not (place / "shard").exists()
