@@ -28,6 +28,7 @@ from tests.builders import (
     snapshot,
     unpack_folder,
 )
+from tests.slow_writes import SLOW
 
 MERGE = ["merge", "base", "adapter", "out"]
 FILES = {"tokenizer.json": "{}", "pytorch_model.bin": "stale"}
@@ -222,19 +223,6 @@ def _large(folder: Path) -> None:
     make_adapter(
         folder / "fits", "bat", rank=64, blocks={f"m{i}": grid((16, 64, 64)) for i in range(8)}
     )
-
-
-SLOW = """
-import sys, time
-import boneconv.engine.compute as compute
-real = compute._write
-def slow(*arguments):
-    time.sleep(0.03)
-    real(*arguments)
-compute._write = slow
-from boneconv.cli import run
-sys.exit(run(sys.argv[1:]))
-"""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")

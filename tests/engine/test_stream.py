@@ -82,10 +82,15 @@ def _shards(base: Path, blocks: dict[str, Update], dtype: str = "BF16") -> list[
 
 
 def _stream(
-    shards: list[PlannedShard], folder: Path, workers: int = 1, **more: Any
+    shards: list[PlannedShard],
+    folder: Path,
+    workers: int = 1,
+    found: dict[str, ShardDigests] | None = None,
+    **more: Any,
 ) -> dict[str, ShardDigests]:
+    """What was told of every shard; ``found`` takes it too, for those who expect an error."""
     folder.mkdir(exist_ok=True)
-    found: dict[str, ShardDigests] = {}
+    found = {} if found is None else found
     stream.stream(
         shards,
         lambda shard: folder / shard.name,
@@ -222,7 +227,7 @@ def test_a_flush_that_fails_before_the_shard_is_complete(
     base: Path, blocks: dict[str, Update], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[str] = []
-    complete: list[str] = []
+    complete: dict[str, ShardDigests] = {}
 
     def first_fails(self: Writer) -> None:
         flushed.append(self.path.name)
@@ -231,14 +236,8 @@ def test_a_flush_that_fails_before_the_shard_is_complete(
 
     monkeypatch.setattr(Writer, "sync", first_fails)
     monkeypatch.setattr(stream, "_FLUSH", 2 * MIB)
-    (tmp_path / "out").mkdir()
     with pytest.raises(MachineError, match="no space left"):
-        stream.stream(
-            _shards(base, blocks),
-            lambda shard: tmp_path / "out" / shard.name,
-            workers=1,
-            finished=lambda shard, _: complete.append(shard.name),
-        )
+        _stream(_shards(base, blocks), tmp_path / "out", found=complete)
     assert "two" in flushed
     assert "one" not in complete
 
@@ -314,13 +313,7 @@ def test_shards_that_were_complete_are_told_before_the_error(
         real(self, data, offset)
 
     monkeypatch.setattr(Writer, "write_at", failing)
-    told: list[str] = []
-    (tmp_path / "out").mkdir()
+    told: dict[str, ShardDigests] = {}
     with pytest.raises(MachineError, match="broken"):
-        stream.stream(
-            _shards(base, blocks),
-            lambda shard: tmp_path / "out" / shard.name,
-            workers=1,
-            finished=lambda shard, _: told.append(shard.name),
-        )
-    assert told == ["one"]
+        _stream(_shards(base, blocks), tmp_path / "out", found=told)
+    assert list(told) == ["one"]

@@ -42,6 +42,7 @@ from tests.merging.components import (
     unet_tensors,
     write_files,
 )
+from tests.slow_writes import SLOW
 
 __all__ = ["pipeline", "text_adapter", "unet_adapter"]
 
@@ -161,20 +162,6 @@ def test_another_base_is_noticed_by_the_component_s_digests(pipeline: Path, tmp_
 
 
 # --- whole or absent --------------------------------------------------------------------------
-
-
-SLOW = """
-import sys, time
-import boneconv.engine.compute as compute
-real = compute._write
-def slow(*arguments):
-    time.sleep(0.03)
-    real(*arguments)
-compute._write = slow
-from boneconv.cli import run
-from boneconv.conversion import convert
-sys.exit(run(sys.argv[1:]))
-"""
 
 
 @pytest.mark.slow
