@@ -46,6 +46,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from plots import save, subplots
+
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SEED = 0
 SAMPLE_SECONDS = 0.005
@@ -369,14 +371,8 @@ def write(runs: list[Run], options: argparse.Namespace) -> None:
 
 def draw(runs: list[Run], path: Path) -> None:
     """Draws the loss curves; PEFT's dashed, so that a curve below another shows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "boneconv"
     colours = {"lora": "#4477aa", "bone": "#228833", "bat": "#cc3311"}
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = subplots(1, (7, 4))
     for run in runs:
         steps = range(1, len(run.losses) + 1)
         ours = run.library == "boneconv"
@@ -393,7 +389,7 @@ def draw(runs: list[Run], path: Path) -> None:
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save(figure, path)
 
 
 def arguments() -> argparse.Namespace:

@@ -30,6 +30,7 @@ import boneconv
 sys.path.insert(0, str(Path(__file__).parent))
 
 from checkpoints import SIZES, make
+from plots import save, subplots
 from processes import Memory, Timing, memory_run, time_run
 
 HERE = Path(__file__).parent
@@ -61,17 +62,9 @@ MERGE = Tool("boneconv", (BONECONV, "merge", "{base}", "{adapter}", "{out}", "--
 NO_FLUSH = Tool("- fsync", (*_PARTS, "--no-flush"))
 NO_DIGESTS = Tool("- fsync - digests", (*_PARTS, "--no-flush", "--no-digests"))
 PLAIN = Tool("- fsync - digests - canonical", (*_PARTS, "--no-flush", "--no-digests", "--plain"))
-_PEFT = (
-    sys.executable,
-    "-W",
-    "ignore",
-    str(HERE / "peft_merge.py"),
-    "{base}",
-    "{adapter}",
-    "{out}",
-)
+_PEFT = (sys.executable, "-W", "ignore", str(HERE / "peft_merge.py"))
+PEFT = Tool("PEFT 0.18.1", (*_PEFT, "{base}", "{adapter}", "{out}"))
 _AXOLOTL = (sys.executable, "-W", "ignore", str(HERE / "axolotl_merge.py"))
-PEFT = Tool("PEFT 0.18.1", _PEFT)
 AXOLOTL = Tool("axolotl 0.19.0, as LoRA", (*_AXOLOTL, "{base}", "{lora}", "{out}"))
 
 
@@ -166,13 +159,7 @@ def load(path: Path | None) -> dict[tuple[str, str], Result]:
 
 def draw(results: Sequence[Result], path: Path) -> None:
     """Time and memory against the checkpoint's size, every tool a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "boneconv"
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = subplots(2, (10, 4))
     sizes = sorted({SIZES[result.size].parameters / 1e9 for result in results})
     for number, (label, points) in enumerate(_lines(results).items()):
         style = {"marker": "o", "label": label, "color": f"C{number}"}
@@ -186,7 +173,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axis.set_xticks(sizes, [f"{size:.1f}" for size in sizes])
         axis.grid(alpha=0.3)
     left.legend(fontsize="small")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save(figure, path)
 
 
 def _lines(results: Sequence[Result]) -> dict[str, list[tuple[float, float, Memory | None]]]:
