@@ -18,8 +18,7 @@ from boneconv.io.files import Writer, sync_file
 
 __all__ = ["ShardDigests", "TensorDigests", "stream"]
 
-
-_FLUSH = 128 * LEAF
+_FLUSH = 128 * LEAF  # bytes of a shard after which it is flushed, complete or not
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,10 @@ __all__ = ["Scratch"]
 
 
 class Scratch:
-    """Named buffers, grown on demand. Not to be shared between threads."""
+    """Named buffers, grown on demand. Not to be shared between threads.
+
+    A worker's loop and the kernels that it calls take from one: no name may serve both.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Array] = {}

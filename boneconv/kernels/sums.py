@@ -19,7 +19,7 @@ from boneconv.kernels.expansion import Pairs, pair_times
 from boneconv.kernels.general import GeneralMerger
 from boneconv.kernels.narrow import FORMATS, widen
 from boneconv.kernels.periodic import add_periodic
-from boneconv.kernels.rounding import BITS, decide_pair
+from boneconv.kernels.rounding import BITS, decide_pair, largest_magnitude
 from boneconv.kernels.scratch import Scratch
 from boneconv.kernels.stage import Array, Stage, rank_of, row_update
 from boneconv.kernels.ziv import round_to_half, round_to_single
@@ -42,10 +42,7 @@ class SumMerger:
         self._target = target
         self._width = math.lcm(*(rank_of(stage) for stage in stages))
         self._general = GeneralMerger(stages, target)
-        self._largest = sum(
-            abs(s.scale) * float(np.max(np.abs(s.block.astype(np.float64)), initial=0.0))
-            for s in stages
-        )
+        self._largest = sum(abs(s.scale) * largest_magnitude(s.block) for s in stages)
 
     @property
     def width(self) -> int:
