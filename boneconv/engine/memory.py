@@ -14,16 +14,16 @@ from boneconv.io.safetensors import ArrayTensor
 __all__ = ["predict_peak"]
 
 #: Resident memory of an interpreter with numpy, ml_dtypes, click and boneconv, before any work.
-_INTERPRETER = 38_000_000
+_INTERPRETER = 40_000_000
 _HEADER_PER_TENSOR = 2_000
 #: A worker's buffers for copying and hashing; what a process of its own does not share; the work
 #: space of matrix products.
-_WORKER = 2_000_000
-_PROCESS = 4_000_000
-_PRODUCTS = 4_000_000
+_WORKER = 0
+_PROCESS = 2_000_000
+_PRODUCTS = 3_000_000
 #: Elements that are computed at a time, and the kernels' bytes for each.
 _CHUNK = 1 << 17
-_SUM_SCRATCH, _PRODUCT_SCRATCH = 14, 34
+_SUM_SCRATCH, _PRODUCT_SCRATCH = 22, 34
 #: A chunk of a float8 weight, as float64 and float32 and on its way to 16 bits; where it is merged,
 #: what the general kernel makes of it too.
 _DEQUANTISED = (1 << 16) * 24
