@@ -6,7 +6,9 @@ more for speed than anything else here. Every worker has one `Scratch` that it u
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,11 +20,12 @@ from boneconv.engine.plan import Action
 from boneconv.engine.segments import Segment
 from boneconv.errors import NonFiniteError
 from boneconv.io.copying import share_range
-from boneconv.io.files import Reader, Writer
+from boneconv.io.files import Reader
 from boneconv.io.safetensors import ArrayTensor, StoredTensor, Tensor, byte_view
+from boneconv.io.write_behind import DirectWriter, WriteBehind
 from boneconv.kernels import Scratch, cast_rows
 
-__all__ = ["Leaves", "Merger", "do_segment", "larger", "read_rows"]
+__all__ = ["Desk", "Leaves", "Merger", "do_segment", "larger", "read_rows"]
 
 _CHUNK_BYTES = 256 * 1024
 
@@ -66,69 +69,103 @@ def larger(one: tuple[float, ...], other: tuple[float, ...]) -> tuple[float, ...
     return tuple(max(pair) for pair in zip(one, other, strict=True))
 
 
+@dataclass(frozen=True)
+class Desk:
+    """What a worker works with.
+
+    Attributes:
+        scratch: Its work space.
+        output: What it writes with.
+    """
+
+    scratch: Scratch
+    output: WriteBehind
+
+    def rows(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Where the next rows of the output are to be put."""
+        room = self.output.room(math.prod(shape) * dtype.itemsize)
+        return np.frombuffer(room, dtype).reshape(shape)
+
+
 def do_segment(
-    segment: Segment, reader: Reader | None, writer: Writer, merger: Merger | None, scratch: Scratch
+    segment: Segment,
+    reader: Reader | None,
+    path: Path,
+    merger: Merger | None,
+    desk: Desk,
 ) -> Leaves:
     """Reads, computes and writes a segment.
 
     Args:
         segment: What to do.
         reader: The source's file; None where the source is in memory.
-        writer: The output file.
+        path: The output file; it exists, and is as large as it will be.
         merger: For a merged tensor, what merges it.
-        scratch: The worker's work space.
+        desk: The worker's.
 
     Raises:
         NonFiniteError: A value is NaN or infinite, or overflows the output's dtype.
         FormatError, MachineError: Reading or writing failed.
     """
+    writer = desk.output.begin(path, segment.start)
+    leaves = _compute(segment, reader, writer, merger, desk)
+    desk.output.finish()
+    return leaves
+
+
+def _compute(
+    segment: Segment,
+    reader: Reader | None,
+    writer: DirectWriter,
+    merger: Merger | None,
+    desk: Desk,
+) -> Leaves:
     if merger is not None:
-        return _merge(segment, reader, writer, merger, scratch)
+        return _merge(segment, reader, merger, desk)
     is_base = segment.tensor.action in (Action.COPY, Action.CAST)
     if segment.tensor.dtype == segment.tensor.source.dtype and (
         is_base or segment.tensor.dtype not in FLOATS
     ):
-        return _copy(segment, _required(reader), writer, scratch)
-    return _convert(segment, reader, writer, scratch)
+        return _copy(segment, _required(reader), writer, desk)
+    return _convert(segment, reader, desk)
 
 
-def _merge(
-    segment: Segment, reader: Reader | None, writer: Writer, merger: Merger, scratch: Scratch
-) -> Leaves:
+def _merge(segment: Segment, reader: Reader | None, merger: Merger, desk: Desk) -> Leaves:
     source_hash, output_hash = LeafHasher(), LeafHasher()
     measures: tuple[float, ...] = ()
     for first, count in segment.chunks(merger.preferred_rows()):
         shape = (count, segment.row_elements)
-        rows = _read(segment, reader, first, shape, scratch)
+        rows = _read(segment, reader, first, shape, desk.scratch)
         source_hash.update(byte_view(rows))  # while they are in the cache
-        out = scratch.take("out", shape, FLOATS[segment.tensor.dtype])
+        out = desk.rows(shape, FLOATS[segment.tensor.dtype])
         try:
-            found = merger.merge(rows, first, out, scratch)
+            found = merger.merge(rows, first, out, desk.scratch)
         except NonFiniteError as error:
             raise _name_tensor(error, segment) from error
         measures = larger(measures, found or ())
         output_hash.update(byte_view(out))
-        _write(segment, writer, first, out)
     return Leaves(tuple(source_hash.leaves()), tuple(output_hash.leaves()), measures)
 
 
-def _copy(segment: Segment, reader: Reader, writer: Writer, scratch: Scratch) -> Leaves:
+def _copy(segment: Segment, reader: Reader, writer: DirectWriter, desk: Desk) -> Leaves:
     output_hash = LeafHasher()
-    width = segment.nbytes // segment.rows
-    buffer = byte_view(scratch.take("copy", (min(LEAF, segment.nbytes),), np.dtype(np.uint8)))
-    start, end = segment.first_row * width, (segment.first_row + segment.rows) * width
     source = segment.tensor.source
-    offset = 0 if isinstance(source, ArrayTensor) else source.offset
-    shared = share_range(reader, offset + start, writer, segment.offset + start, end - start)
-    for position in range(start, end, LEAF):
-        part = buffer[: min(LEAF, end - position)]
-        reader.read_into(part, offset + position)
+    moved = 0 if isinstance(source, ArrayTensor) else source.offset - segment.offset
+    shared = share_range(reader, segment.start + moved, writer, segment.start, segment.nbytes)
+    for first, count in segment.chunks(LEAF // segment.row_bytes):
+        start, nbytes = segment.offset + first * segment.row_bytes, count * segment.row_bytes
+        if shared:
+            part = byte_view(desk.scratch.take("copy", (nbytes,), np.dtype(np.uint8)))
+        else:
+            part = desk.output.room(nbytes)
+        reader.read_into(part, start + moved)
         output_hash.update(part)
-        _write_around(shared, part, segment.offset + position, writer)
+        if shared:
+            _write_around(shared, part, start, writer)
     return Leaves((), tuple(output_hash.leaves()))
 
 
-def _write_around(shared: range, part: memoryview, offset: int, writer: Writer) -> None:
+def _write_around(shared: range, part: memoryview, offset: int, writer: DirectWriter) -> None:
     """Writes what of a part the output does not hold already."""
     before = max(0, min(len(part), shared.start - offset))
     after = max(before, min(len(part), shared.stop - offset))
@@ -138,20 +175,19 @@ def _write_around(shared: range, part: memoryview, offset: int, writer: Writer) 
         writer.write_at(part[after:], offset + after)
 
 
-def _convert(segment: Segment, reader: Reader | None, writer: Writer, scratch: Scratch) -> Leaves:
+def _convert(segment: Segment, reader: Reader | None, desk: Desk) -> Leaves:
     output_hash = LeafHasher()
     from_adapter = segment.tensor.action in (Action.REPLACE, Action.ADD)
     for first, count in segment.chunks(_CHUNK_BYTES // 2):
-        rows = _read(segment, reader, first, (count, 1), scratch)
-        out = scratch.take("out", (count, 1), FLOATS[segment.tensor.dtype])
+        rows = _read(segment, reader, first, (count, 1), desk.scratch)
+        out = desk.rows((count, 1), FLOATS[segment.tensor.dtype])
         try:
-            cast_rows(rows, out.dtype, out, scratch)
+            cast_rows(rows, out.dtype, out, desk.scratch)
         except NonFiniteError as error:
             raise _name_tensor(error, segment) from error
         if from_adapter and not np.isfinite(out.astype(np.float64)).all():
             raise _name_tensor(NonFiniteError("NaN or infinity in the adapter"), segment)
         output_hash.update(byte_view(out))
-        _write(segment, writer, first, out)
     return Leaves((), tuple(output_hash.leaves()))
 
 
@@ -193,11 +229,6 @@ def _read(
     return read_rows(
         source, reader, first, shape, scratch.take("rows", shape, _stored_dtype(source))
     )
-
-
-def _write(segment: Segment, writer: Writer, first: int, out: NDArray[Any]) -> None:
-    offset = segment.offset + first * segment.row_elements * out.dtype.itemsize
-    writer.write_at(byte_view(out), offset)
 
 
 def _required(reader: Reader | None) -> Reader:

@@ -19,7 +19,7 @@ _HEADER_PER_TENSOR = 2_000
 #: A worker's buffers for copying and hashing; what a process of its own does not share; the work
 #: space of matrix products.
 _WORKER = 0
-_PROCESS = 2_000_000
+_PROCESS = 4_000_000
 _PRODUCTS = 3_000_000
 #: Elements that are computed at a time, and the kernels' bytes for each.
 _CHUNK = 1 << 17

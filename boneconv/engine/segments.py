@@ -19,7 +19,7 @@ from boneconv.engine.plan import Action, PlannedShard, PlannedTensor
 __all__ = ["Segment", "segments_of"]
 
 #: Segments are about this many bytes of output: small enough to balance, large enough to be cheap.
-_TARGET = 8 * LEAF
+_TARGET = 16 * LEAF
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,17 @@ class Segment:
     @property
     def nbytes(self) -> int:
         """Bytes of the segment in the output."""
-        return _row_bytes(self.tensor.nbytes, self.tensor) * self.rows if self.rows else 0
+        return self.row_bytes * self.rows
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in the output."""
+        return _row_bytes(self.tensor.nbytes, self.tensor)
+
+    @property
+    def start(self) -> int:
+        """Where the segment starts in its output file."""
+        return self.offset + self.first_row * self.row_bytes
 
     def chunks(self, rows: int) -> list[tuple[int, int]]:
         """Runs of at most ``rows`` rows, in order: the first row of each and how many it has."""

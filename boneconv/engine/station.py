@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from boneconv.dtypes import FLOATS
-from boneconv.engine.compute import Leaves, Merger, do_segment
+from boneconv.engine.compute import Desk, Leaves, Merger, do_segment
 from boneconv.engine.plan import PlannedTensor
 from boneconv.engine.segments import Segment
 from boneconv.engine.workers import Place
 from boneconv.errors import NonFiniteError, ShapeError
-from boneconv.io.files import Reader, Writer
+from boneconv.io.files import Reader
 from boneconv.io.open_files import OpenFiles
 from boneconv.io.safetensors import StoredTensor
+from boneconv.io.write_behind import WriteBehind
 from boneconv.kernels import RowMerger, Scratch, Stage
 
 __all__ = ["Station", "Task", "naming_block", "new_merger", "stages_of"]
@@ -37,8 +38,7 @@ class Station(OpenFiles):
     ) -> None:
         super().__init__()
         self._queues, self._paths, self._device = queues, paths, device
-        self._scratch = Scratch()
-        self._writers: dict[Path, Writer] = {}
+        self._desk = Desk(Scratch(), self._files.enter_context(WriteBehind()))
         self._queue = -1
         self._mergers: dict[int, tuple[str, Merger]] = {}
 
@@ -51,19 +51,14 @@ class Station(OpenFiles):
         return do_segment(
             segment,
             self._source_of(segment.tensor),
-            self._writer(self._paths[shard]),
+            self._paths[shard],
             self._merger_of(shard, segment.tensor),
-            self._scratch,
+            self._desk,
         )
 
     def _source_of(self, tensor: PlannedTensor) -> Reader | None:
         source = tensor.source
         return self.reader(source.path) if isinstance(source, StoredTensor) else None
-
-    def _writer(self, path: Path) -> Writer:
-        if path not in self._writers:
-            self._writers[path] = self._files.enter_context(Writer(path))
-        return self._writers[path]
 
     def _merger_of(self, shard: int, tensor: PlannedTensor) -> Merger | None:
         """The merger of the weight that a shard is at; the one before is dropped first."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from boneconv.digest import LEAF, tensor_digest
+from boneconv.digest import tensor_digest
 from boneconv.engine.compute import Leaves, larger
 from boneconv.engine.plan import Action, PlannedShard, PlannedTensor
 from boneconv.engine.segments import Segment, segments_of
@@ -17,8 +17,6 @@ from boneconv.engine.workers import Place, can_fork, run_queues
 from boneconv.io.files import Writer, sync_file
 
 __all__ = ["ShardDigests", "TensorDigests", "stream"]
-
-_FLUSH = 128 * LEAF  # bytes of a shard after which it is flushed, complete or not
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,6 @@ def stream(
             job = jobs[number]
             if job.is_complete_with(segment, leaves):
                 job.start_flush(flusher, finished)
-            else:
-                job.flush_early(flusher)
             advance(segment.nbytes)
 
         run_queues(
@@ -117,22 +113,13 @@ class _Job:
         self._shard = shard
         self._leaves: dict[tuple[str, int], Leaves] = {}
         self._flushed: Future[None] | None = None
-        self._early: list[Future[None]] = []
-        self._waiting = 0  # bytes written since a flush was last asked for
         with Writer(path, shard.size) as writer:
             writer.write_at(shard.head, 0)
 
     def is_complete_with(self, segment: Segment, leaves: Leaves) -> bool:
         """Notes a segment that is done; whether it was the last one."""
         self._leaves[segment.tensor.name, segment.first_row] = leaves
-        self._waiting += segment.nbytes
         return len(self._leaves) == len(self.segments)
-
-    def flush_early(self, flusher: ThreadPoolExecutor) -> None:
-        """Flushes what there is of a large file, so that little is left to wait for at its end."""
-        if self._waiting >= _FLUSH:
-            self._waiting = 0
-            self._early.append(flusher.submit(sync_file, self.path))
 
     def start_flush(self, flusher: ThreadPoolExecutor, finished: Finished) -> None:
         """Flushes the file while other shards are being computed."""
@@ -146,8 +133,6 @@ class _Job:
         self._flushed.result()
 
     def _flush(self, finished: Finished) -> None:
-        for early in self._early:
-            early.result()
         if self._shard.seal is not None:
             self._shard.seal(self.path)
         sync_file(self.path)

@@ -77,8 +77,9 @@ class BatMerger:
     @property
     def nbytes(self) -> int:
         """What is held beside the stage's own block, at most."""
-        doubled = self._axis is Axis.IN and self._target != BF16
-        return (4 if doubled else 2) * self._block.nbytes
+        if self._axis is Axis.OUT:
+            return self._block.nbytes
+        return (2 if self._target == BF16 else 4) * self._block.nbytes
 
     def reach(self, largest: float) -> float:
         """A bound on the merged magnitudes, given one on the rows'."""

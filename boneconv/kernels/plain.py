@@ -39,7 +39,7 @@ class PlainMerger:
         source: np.dtype[Any],
         target: np.dtype[Any],
     ) -> None:
-        widest = max(source.itemsize, target.itemsize if target.itemsize > 2 else 0)
+        widest = max(source.itemsize, *(stage.block.dtype.itemsize for stage in stages))
         single = widest <= 4 and target.itemsize == 2
         self._dtype = F32 if single else F64
         self._stages = [

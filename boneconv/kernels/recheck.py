@@ -8,7 +8,7 @@ rounding.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,22 @@ _UNDERFLOW = 2.0**-900  # what a tiny scale may lose
 _UP = 1 + 2.0**-20
 
 
+class _Part(NamedTuple):
+    """Rows of the weight, and the blocks that they meet.
+
+    Attributes:
+        rows: ``[n, in]``.
+        first_row: The weight's row that ``rows[0]`` is.
+        columns: Row number * r + k is column k of a block.
+        first_block: The block that ``columns`` starts with.
+    """
+
+    rows: Array
+    first_row: int
+    columns: Array
+    first_block: int
+
+
 class Recheck:
     """Settles elements that a faster computation left in doubt.
 
@@ -42,9 +58,7 @@ class Recheck:
         self._rank = rank_of(stage)
         self._target = target
         self._general = GeneralMerger([stage], target)
-        # Row number * r + k is column k of a block.
-        by_column = np.ascontiguousarray(stage.block.transpose(0, 2, 1), np.float32)
-        self._columns = by_column.reshape(-1, self._rank)
+        self._columns = _by_column(stage.block) if stage.axis is Axis.IN else None
 
     @property
     def nbytes(self) -> int:
@@ -71,26 +85,28 @@ class Recheck:
             scratch: Work space.
         """
         bits = out.view(BITS[self._target])
+        part = self._part(rows, first_row)
         at_once = max(1, _AT_ONCE // self._rank)
         for start in range(0, len(where), at_once):
             chosen = where[start : start + at_once]
-            left = chosen[self._in_double(rows, first_row, chosen, product, bits, scratch)]
+            left = chosen[self._in_double(part, chosen, product, bits, scratch)]
             if len(left) and self._stage.scale == 1.0:
-                self._without_error(rows, first_row, left, bits, scratch)
+                self._without_error(part, left, bits, scratch)
             elif len(left):
                 self._by_rows(rows, first_row, left, out)
 
+    def _part(self, rows: Array, first_row: int) -> _Part:
+        if self._columns is not None:
+            return _Part(rows, first_row, self._columns, 0)
+        first = first_row // self._rank
+        last = (first_row + len(rows) - 1) // self._rank
+        return _Part(rows, first_row, _by_column(self._stage.block[first : last + 1]), first)
+
     def _in_double(
-        self,
-        rows: Array,
-        first_row: int,
-        where: Array,
-        product: float,
-        bits: Array,
-        scratch: Scratch,
+        self, part: _Part, where: Array, product: float, bits: Array, scratch: Scratch
     ) -> Array:
         """Store what float64 decides; the indices into ``where`` of what it does not."""
-        weights, columns, ends = self._terms(rows, first_row, where, scratch)
+        weights, columns, ends = self._terms(part, where, scratch)
         values = np.vecdot(weights, columns)
         values += ends[0]
         values += ends[1]
@@ -105,10 +121,8 @@ class Recheck:
         bits.reshape(-1)[where] = rounded
         return np.flatnonzero(undecided)
 
-    def _without_error(
-        self, rows: Array, first_row: int, where: Array, bits: Array, scratch: Scratch
-    ) -> None:
-        weights, columns, ends = self._terms(rows, first_row, where, scratch)
+    def _without_error(self, part: _Part, where: Array, bits: Array, scratch: Scratch) -> None:
+        weights, columns, ends = self._terms(part, where, scratch)
         weights *= columns
         terms = np.concatenate([weights, ends.T], axis=1)
         flat = bits.reshape(-1)
@@ -129,23 +143,28 @@ class Recheck:
         for i in np.unique(where // rows.shape[1]).tolist():
             self._general.merge(rows[i : i + 1], first_row + i, out[i : i + 1])
 
-    def _terms(
-        self, rows: Array, first_row: int, where: Array, scratch: Scratch
-    ) -> tuple[Array, Array, Array]:
+    def _terms(self, part: _Part, where: Array, scratch: Scratch) -> tuple[Array, Array, Array]:
         """Tiles' rows and blocks' columns ``[elements, r]``; block elements and weights."""
         r = self._rank
         tiles, k = np.divmod(where, r)
-        i, tile = np.divmod(tiles, rows.shape[1] // r)
-        row = first_row + i
-        columns_of = ((row // r if self._stage.axis is Axis.OUT else tile) * r) + k
+        i, tile = np.divmod(tiles, part.rows.shape[1] // r)
+        row = part.first_row + i
+        block = (row // r if self._stage.axis is Axis.OUT else tile) - part.first_block
         weights = scratch.take("weights", (len(where), r), F64)
         columns = scratch.take("columns", (len(where), r), F64)
-        np.copyto(weights, widen(rows.reshape(-1, r).take(tiles, axis=0), scratch, "gathered"))
-        np.copyto(columns, self._columns.take(columns_of, axis=0))
+        gathered = part.rows.reshape(-1, r).take(tiles, axis=0)
+        np.copyto(weights, widen(gathered, scratch, "gathered"))
+        np.copyto(columns, part.columns.take(block * r + k, axis=0))
         if self._stage.scale != 1.0:
             np.multiply(columns, self._stage.scale, out=columns)
         at = np.arange(len(where))
         return weights, columns, np.stack([columns[at, row % r], weights[at, k]])
+
+
+def _by_column(blocks: Array) -> Array:
+    """``[blocks, r, r] -> [blocks * r, r]``, float32, a row for each column."""
+    columns = np.ascontiguousarray(blocks.transpose(0, 2, 1), np.float32)
+    return columns.reshape(-1, blocks.shape[-1])
 
 
 def _decide_half(values: Array, bound: float, form: HalfFormat) -> tuple[Array, Array]:

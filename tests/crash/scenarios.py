@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from boneconv.cli import run
-from tests.builders import F32, blocks_for_all, make_adapter, make_base
+from tests.builders import BF16, F32, block_for, blocks_for_all, grid, make_adapter, make_base
 
 __all__ = ["ONNX", "SCENARIOS", "Scenario", "make_inputs"]
 
@@ -38,6 +38,9 @@ def make_inputs(folder: Path, *, graph: bool) -> None:
     make_adapter(folder / "adapter")
     make_adapter(folder / "bat", "bat", files={"tokenizer_config.json": "{}"})
     make_adapter(folder / "other", blocks=blocks_for_all(seed=99))
+    large = (1024, 1024)  # enough to be written past the page cache
+    make_base(folder / "large", {"a.weight": grid(large, BF16), "b.weight": grid(large, BF16, 2)})
+    make_adapter(folder / "wide", blocks={"a": block_for("bone", large)})
     merge = ["merge", str(folder / "base"), str(folder / "bat"), str(folder / "merged")]
     _must(run([*merge, "--workers", "1", "--quiet", "--keep-delta", str(folder / "delta")]))
     if graph:
@@ -63,8 +66,14 @@ def _old_file(folder: Path) -> None:
     (folder / "out.safetensors.boneconv.json").write_text("the old record")
 
 
-def _merge(*rest: str, workers: int = 1, base: str = "base", out: str = "out") -> tuple[str, ...]:
-    inputs = (f"{{inputs}}/{base}", "{inputs}/adapter")
+def _merge(
+    *rest: str,
+    workers: int = 1,
+    base: str = "base",
+    adapter: str = "adapter",
+    out: str = "out",
+) -> tuple[str, ...]:
+    inputs = (f"{{inputs}}/{base}", f"{{inputs}}/{adapter}")
     return ("merge", *inputs, out, "--workers", str(workers), "--quiet", *rest)
 
 
@@ -80,6 +89,7 @@ SCENARIOS = {
     for scenario in (
         Scenario("merge", _merge()),
         Scenario("merge, 2 workers", _merge(workers=2)),
+        Scenario("merge of large tensors", _merge(base="large", adapter="wide")),
         Scenario("merge --force", _merge("--force"), before=_old_folder),
         Scenario("merge of a file", _merge(base=_SINGLE, out=_FILE[0]), _FILE),
         Scenario(
