@@ -7,12 +7,12 @@ __all__ = ["SLOW"]
 #: To be run by ``python -c``, followed by the command's arguments.
 SLOW = """
 import sys, time
-import boneconv.engine.compute as compute
-real = compute._write
+from boneconv.io.write_behind import WriteBehind
+real = WriteBehind.room
 def slow(*arguments):
     time.sleep(0.03)
-    real(*arguments)
-compute._write = slow
+    return real(*arguments)
+WriteBehind.room = slow
 from boneconv.cli import run
 sys.exit(run(sys.argv[1:]))
 """
