@@ -16,10 +16,10 @@ __all__ = ["predict_peak"]
 #: Resident memory of an interpreter with numpy, ml_dtypes, click and boneconv, before any work.
 _INTERPRETER = 40_000_000
 _HEADER_PER_TENSOR = 2_000
-#: A worker's buffers for copying and hashing; what a process of its own does not share; the work
+#: What a worker is about to write; what a process of its own does not share; the work
 #: space of matrix products.
-_WORKER = 0
-_PROCESS = 4_000_000
+_WORKER = 2_000_000
+_PROCESS = 3_000_000
 _PRODUCTS = 3_000_000
 #: Elements that are computed at a time, and the kernels' bytes for each.
 _CHUNK = 1 << 17

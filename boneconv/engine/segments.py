@@ -19,7 +19,7 @@ from boneconv.engine.plan import Action, PlannedShard, PlannedTensor
 __all__ = ["Segment", "segments_of"]
 
 #: Segments are about this many bytes of output: small enough to balance, large enough to be cheap.
-_TARGET = 16 * LEAF
+_TARGET = 32 * LEAF
 
 
 @dataclass(frozen=True)

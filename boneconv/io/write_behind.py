@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = ["DirectWriter", "WriteBehind"]
 
 _BLOCK = 4096
 _BUFFER = 1 << 20
+_AHEAD = 3  # buffers that may wait to be written, so that a slow write holds nobody up
 _WORTHWHILE = 1 << 18  # less than this is written the ordinary way
 _UNASKED, _REFUSED = -1, -2
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -96,9 +98,10 @@ class WriteBehind:
         self._files = ExitStack()
         self._writers: dict[Path, DirectWriter] = {}
         self._thread = ThreadPoolExecutor(1, "boneconv-write")
-        self._pending: Future[None] | None = None
-        self._buffer = self._other = _aligned(0)
+        self._pending: deque[tuple[Future[None], memoryview]] = deque()
+        self._spare: list[memoryview] = []
         self._writer: DirectWriter | None = None
+        self._buffer = _aligned(0)
         self._start = 0  # the buffer's place in the file
         self._sent = self._end = 0  # the part of the buffer that is yet to be written
 
@@ -137,37 +140,46 @@ class WriteBehind:
     def finish(self) -> None:
         """Ends the run when all of it is written; raises as `room`."""
         self._send(self._end)
-        self._wait()
+        self._buffer = _aligned(0)
+        self._sent = self._end = 0
+        self._wait(0)
 
     def _turn(self, nbytes: int) -> None:
-        """Sends the whole blocks, and goes on in the other buffer with what is left."""
-        self._wait()
-        needed = 2 * _BLOCK + max(_BUFFER - _BLOCK, nbytes)
-        if len(self._other) < needed:
-            self._other = _aligned(needed)
+        """Sends the whole blocks, and goes on in another buffer with what is left."""
+        self._wait(_AHEAD - 1)
+        old, new = self._buffer, self._new_buffer(2 * _BLOCK + max(_BUFFER - _BLOCK, nbytes))
         whole = max(self._end // _BLOCK * _BLOCK, self._sent)
         moved = whole // _BLOCK * _BLOCK
-        self._other[whole - moved : self._end - moved] = self._buffer[whole : self._end]
+        new[whole - moved : self._end - moved] = old[whole : self._end]
         self._send(whole)
-        self._buffer, self._other = self._other, self._buffer
+        self._buffer = new
         self._start += moved
         self._sent, self._end = whole - moved, self._end - moved
 
     def _send(self, stop: int) -> None:
-        """Has the buffer written up to a place in it."""
+        """Has the buffer written up to a place in it, and gives it away."""
         data, offset = self._buffer[self._sent : stop], self._start + self._sent
-        self._sent = stop
-        self._wait()
         assert self._writer is not None
         if len(data) < _WORTHWHILE:
             self._writer.write_at(data, offset)
+            self._spare.append(self._buffer)
         else:
-            self._pending = self._thread.submit(self._writer.write_run, data, offset)
+            written = self._thread.submit(self._writer.write_run, data, offset)
+            self._pending.append((written, self._buffer))
 
-    def _wait(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+    def _wait(self, count: int) -> None:
+        """Waits until at most so many buffers are being written."""
+        while len(self._pending) > count:
+            written, buffer = self._pending.popleft()
+            written.result()
+            self._spare.append(buffer)
+
+    def _new_buffer(self, nbytes: int) -> memoryview:
+        while self._spare:
+            buffer = self._spare.pop()
+            if len(buffer) >= nbytes:
+                return buffer
+        return _aligned(nbytes)
 
 
 def _aligned(nbytes: int) -> memoryview:

@@ -107,7 +107,7 @@ def test_blocks_over_the_input_axis_couple_no_rows() -> None:
     along = _planned("F32", (4096, 4096), Action.MERGE, updates=(_bat(96, Axis.IN, 4096 - 64),))
     steps = [next(segments_of(_shard(tensor))).rows for tensor in (out, along)]
     assert steps[0] % 96 == 0
-    assert steps[1] == 16 * MIB // (4096 * 4)
+    assert steps[1] == 32 * MIB // (4096 * 4)
 
 
 def test_a_large_tensor_is_cut_into_several() -> None:
