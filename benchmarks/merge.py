@@ -3,11 +3,11 @@
     python benchmarks/merge.py FOLDER [--sizes 1b 4b] [--rounds 5] [--no-parts] [--peft]
                                       [--axolotl] [--results merge.json] [--plot merge.svg]
 
-FOLDER needs room for the checkpoints and one more copy of each. Tools take turns; the old output is
-removed, and the disk flushed, outside the clock. Prints the tables that RESULTS.md holds and draws
-time and memory against size, those of earlier runs in the same --results file too. axolotl merges
-the LoRA that is exactly the Bone adapter (`boneconv convert --to peft-lora`); see axolotl_merge.py
-for what it needs.
+FOLDER needs room for the checkpoints and one more copy of each. Tools take turns; outside the clock
+the old output is removed, the disk flushed, and the page cache warmed. Prints the tables that
+RESULTS.md holds and draws time and memory against size, those of earlier runs in the same --results
+file too. axolotl merges the LoRA that is exactly the Bone adapter (`boneconv convert --to
+peft-lora`); see axolotl_merge.py for what it needs.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def measure(
     for number in range(rounds + 1):
         for tool in tools:
             _clear(folder)
+            _warm(folder)
             timing = time_run(tool.fill(folder, variant))
             if number:
                 times[tool.name].append(timing)
@@ -132,6 +133,17 @@ def peak(folder: Path, variant: str, tool: Tool) -> Memory:
 def _clear(folder: Path) -> None:
     shutil.rmtree(folder / "out", ignore_errors=True)
     shutil.rmtree(folder / "out.partial", ignore_errors=True)
+    os.sync()
+
+
+def _warm(folder: Path) -> None:
+    """Copies the base and removes the copy: base and page cache are then in the machine's memory.
+
+    A virtual machine's host takes back what is free, and lets the next one wait for it.
+    """
+    spare = folder / "spare"
+    subprocess.run(["cp", "-r", folder / "base", spare], check=True)
+    shutil.rmtree(spare)
     os.sync()
 
 
