@@ -28,6 +28,7 @@ _BLOCK = 4096
 _BUFFER = 1 << 20
 _AHEAD = 3  # buffers that may wait to be written, so that a slow write holds nobody up
 _WORTHWHILE = 1 << 18  # less than this is written the ordinary way
+_NO_BUFFER = memoryview(b"")
 _UNASKED, _REFUSED = -1, -2
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -101,7 +102,7 @@ class WriteBehind:
         self._pending: deque[tuple[Future[None], memoryview]] = deque()
         self._spare: list[memoryview] = []
         self._writer: DirectWriter | None = None
-        self._buffer = _aligned(0)
+        self._buffer = _NO_BUFFER
         self._start = 0  # the buffer's place in the file
         self._sent = self._end = 0  # the part of the buffer that is yet to be written
 
@@ -140,7 +141,7 @@ class WriteBehind:
     def finish(self) -> None:
         """Ends the run when all of it is written; raises as `room`."""
         self._send(self._end)
-        self._buffer = _aligned(0)
+        self._buffer = _NO_BUFFER
         self._sent = self._end = 0
         self._wait(0)
 
@@ -162,7 +163,8 @@ class WriteBehind:
         assert self._writer is not None
         if len(data) < _WORTHWHILE:
             self._writer.write_at(data, offset)
-            self._spare.append(self._buffer)
+            if self._buffer:
+                self._spare.append(self._buffer)
         else:
             written = self._thread.submit(self._writer.write_run, data, offset)
             self._pending.append((written, self._buffer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -112,6 +113,12 @@ def test_several_files(path: Path, behind: WriteBehind) -> None:
     assert other.read_bytes()[: 2 * MIB] == _content(MIB, 5) + _content(MIB, 6)
 
 
+def test_many_runs_hold_no_more_buffers_than_one(path: Path, behind: WriteBehind) -> None:
+    for count in (0, 10, MIB, 3 * MIB, 0, 2 * MIB) * 5:
+        _write(behind, path, 0, _cut(_content(count), [256 * KIB]))
+    assert len(behind._spare) <= 4
+
+
 def test_a_file_that_does_not_exist(tmp_path: Path, behind: WriteBehind) -> None:
     with pytest.raises(MissingPathError):
         behind.begin(tmp_path / "none", 0)
@@ -127,6 +134,20 @@ def _is_direct(fd: int) -> bool:
     import fcntl
 
     return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+@pytest.fixture
+def takes_direct(tmp_path: Path) -> None:
+    """Skips where the tests' own file system takes no direct writes."""
+    page = mmap.mmap(-1, BLOCK)
+    try:
+        fd = os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600)
+        try:
+            os.pwrite(fd, page, 0)
+        finally:
+            os.close(fd)
+    except OSError:
+        pytest.skip("the file system takes no direct writes")
 
 
 @pytest.fixture
@@ -147,6 +168,7 @@ def direct_calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
 
 
 @on_linux
+@pytest.mark.usefixtures("takes_direct")
 def test_whole_blocks_go_past_the_page_cache(
     path: Path, behind: WriteBehind, direct_calls: dict[str, list[int]]
 ) -> None:
@@ -166,6 +188,7 @@ def test_little_is_written_the_ordinary_way(
 
 
 @on_linux
+@pytest.mark.usefixtures("takes_direct")
 def test_a_file_system_that_refuses_at_the_write(
     path: Path, behind: WriteBehind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
