@@ -148,12 +148,11 @@ def _warm(folder: Path) -> None:
 
 
 def prepare(folder: Path, size: str) -> None:
-    """Makes the checkpoint and its adapters where they are missing, and reads them once."""
+    """Makes the checkpoint and its adapters where they are missing."""
     if not (folder / "bat" / "adapter_config.json").is_file():
         make(folder, SIZES[size])
     if not (folder / "lora").is_dir():
         boneconv.convert(folder / "bone", folder / "lora", to="peft-lora", base=folder / "base")
-    subprocess.run(["sh", "-c", 'cat "$0"/*/*.safetensors > /dev/null', folder], check=True)
 
 
 def load(path: Path | None) -> dict[tuple[str, str], Result]:

@@ -20,9 +20,9 @@ from boneconv.engine.plan import Action
 from boneconv.engine.segments import Segment
 from boneconv.errors import NonFiniteError
 from boneconv.io.copying import share_range
-from boneconv.io.files import Reader
+from boneconv.io.files import Reader, Writer
 from boneconv.io.safetensors import ArrayTensor, StoredTensor, Tensor, byte_view
-from boneconv.io.write_behind import DirectWriter, WriteBehind
+from boneconv.io.write_behind import WriteBehind
 from boneconv.kernels import Scratch, cast_rows
 
 __all__ = ["Desk", "Leaves", "Merger", "do_segment", "larger", "read_rows"]
@@ -116,7 +116,7 @@ def do_segment(
 def _compute(
     segment: Segment,
     reader: Reader | None,
-    writer: DirectWriter,
+    writer: Writer,
     merger: Merger | None,
     desk: Desk,
 ) -> Leaves:
@@ -147,10 +147,11 @@ def _merge(segment: Segment, reader: Reader | None, merger: Merger, desk: Desk) 
     return Leaves(tuple(source_hash.leaves()), tuple(output_hash.leaves()), measures)
 
 
-def _copy(segment: Segment, reader: Reader, writer: DirectWriter, desk: Desk) -> Leaves:
+def _copy(segment: Segment, reader: Reader, writer: Writer, desk: Desk) -> Leaves:
     output_hash = LeafHasher()
     source = segment.tensor.source
-    moved = 0 if isinstance(source, ArrayTensor) else source.offset - segment.offset
+    assert isinstance(source, StoredTensor)  # it has a reader
+    moved = source.offset - segment.offset
     shared = share_range(reader, segment.start + moved, writer, segment.start, segment.nbytes)
     for first, count in segment.chunks(LEAF // segment.row_bytes):
         start, nbytes = segment.offset + first * segment.row_bytes, count * segment.row_bytes
@@ -165,7 +166,7 @@ def _copy(segment: Segment, reader: Reader, writer: DirectWriter, desk: Desk) ->
     return Leaves((), tuple(output_hash.leaves()))
 
 
-def _write_around(shared: range, part: memoryview, offset: int, writer: DirectWriter) -> None:
+def _write_around(shared: range, part: memoryview, offset: int, writer: Writer) -> None:
     """Writes what of a part the output does not hold already."""
     before = max(0, min(len(part), shared.start - offset))
     after = max(before, min(len(part), shared.stop - offset))

@@ -16,8 +16,8 @@ __all__ = ["predict_peak"]
 #: Resident memory of an interpreter with numpy, ml_dtypes, click and boneconv, before any work.
 _INTERPRETER = 40_000_000
 _HEADER_PER_TENSOR = 2_000
-#: What a worker is about to write; what a process of its own does not share; the work
-#: space of matrix products.
+#: What a worker is about to write; what a process of its own does not share; the work space of
+#: matrix products.
 _WORKER = 2_000_000
 _PROCESS = 3_000_000
 _PRODUCTS = 3_000_000

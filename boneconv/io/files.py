@@ -12,10 +12,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from boneconv.errors import DiskFullError, FormatError, MachineError, MissingPathError
+from boneconv.io.closing import Closing
 
 __all__ = ["Reader", "Writer", "machine_errors", "sync_file", "sync_folder"]
 
@@ -37,7 +36,7 @@ def machine_errors(path: Path) -> Iterator[None]:
         raise MachineError(f"{error.strerror or error}", path=path) from error
 
 
-class _File:
+class _File(Closing):
     def __init__(self, path: Path, flags: int) -> None:
         self.path = path
         self._lock = threading.Lock()
@@ -51,17 +50,6 @@ class _File:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Reader(_File):

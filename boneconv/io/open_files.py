@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from boneconv.io.closing import Closing
 from boneconv.io.files import Reader
 
 __all__ = ["OpenFiles"]
 
 
-class OpenFiles:
+class OpenFiles(Closing):
     """Opens a file when it is first read, and closes all of them in the end; a context manager."""
 
     def __init__(self) -> None:
@@ -25,13 +24,6 @@ class OpenFiles:
             self._readers[path] = self._files.enter_context(Reader(path))
         return self._readers[path]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Closes all files."""
         self._files.close()

@@ -15,14 +15,13 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
+from boneconv.io.closing import Closing
 from boneconv.io.files import Writer, machine_errors
 
-__all__ = ["DirectWriter", "WriteBehind"]
+__all__ = ["WriteBehind"]
 
 _BLOCK = 4096
 _BUFFER = 1 << 20
@@ -33,7 +32,7 @@ _UNASKED, _REFUSED = -1, -2
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-class DirectWriter(Writer):
+class _DirectWriter(Writer):
     """A file that exists, written at offsets; whole blocks of it past the page cache."""
 
     def __init__(self, path: Path) -> None:
@@ -89,7 +88,7 @@ def _open_direct(path: Path) -> int:
         return _REFUSED
 
 
-class WriteBehind:
+class WriteBehind(Closing):
     """Writes runs of consecutive bytes while the caller makes the next ones; a context manager.
 
     One run at a time: `begin`, as many `room` as it takes, `finish`.
@@ -97,31 +96,24 @@ class WriteBehind:
 
     def __init__(self) -> None:
         self._files = ExitStack()
-        self._writers: dict[Path, DirectWriter] = {}
+        self._writers: dict[Path, _DirectWriter] = {}
         self._thread = ThreadPoolExecutor(1, "boneconv-write")
         self._pending: deque[tuple[Future[None], memoryview]] = deque()
         self._spare: list[memoryview] = []
-        self._writer: DirectWriter | None = None
+        self._writer: _DirectWriter | None = None
         self._buffer = _NO_BUFFER
         self._start = 0  # the buffer's place in the file
         self._sent = self._end = 0  # the part of the buffer that is yet to be written
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._thread.shutdown()  # it writes to the files
+    def close(self) -> None:
+        """Waits for what is being written, and closes all files."""
+        self._thread.shutdown()
         self._files.close()
 
-    def begin(self, path: Path, offset: int) -> DirectWriter:
-        """Starts a run at an offset of a file, which exists; raises as `Writer`."""
+    def begin(self, path: Path, offset: int) -> Writer:
+        """Starts a run at an offset of a file, which exists; returns that, raises as `Writer`."""
         if path not in self._writers:
-            self._writers[path] = self._files.enter_context(DirectWriter(path))
+            self._writers[path] = self._files.enter_context(_DirectWriter(path))
         self._writer = self._writers[path]
         self._sent = self._end = offset % _BLOCK
         self._start = offset - self._sent

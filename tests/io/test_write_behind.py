@@ -6,7 +6,7 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +125,6 @@ def test_a_file_that_does_not_exist(tmp_path: Path, behind: WriteBehind) -> None
 
 
 # --- direct writes ----------------------------------------------------------------------------
-
-
-Pwrite = Callable[[int, Any, int], int]
 
 
 def _is_direct(fd: int) -> bool:

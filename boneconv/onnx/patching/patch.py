@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from boneconv.errors import UsageError, listing
 from boneconv.graphs import Graph, Placement
+from boneconv.io.closing import Closing
 from boneconv.io.copying import copy_file
 from boneconv.io.files import Writer
 from boneconv.io.safetensors import byte_view
@@ -104,7 +105,7 @@ def patch_graph(
         return patch.finish()
 
 
-class _Patch:
+class _Patch(Closing):
     """A copy of a graph that is being written to."""
 
     def __init__(self, graph: Graph, target: Path) -> None:
@@ -115,10 +116,8 @@ class _Patch:
         self._additions: list[Addition] = []
         self._patched = Patched(target)
 
-    def __enter__(self) -> _Patch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Closes the files."""
         self._files.close()
 
     def do(self, job: Job) -> None:
