@@ -90,8 +90,7 @@ def contenders(size: int, options: argparse.Namespace) -> list[Contender]:
         if options.peft and (variant is Variant.BONE or options.axis is Axis.OUT):
             found.append(Contender(f"{variant} PEFT", theirs(size, options, variant)))
         found.append(Contender(f"{variant}", ours(size, options, variant, cached=False)))
-        if variant is Variant.BAT:
-            found.append(Contender(f"{variant} cached", ours(size, options, variant, cached=True)))
+        found.append(Contender(f"{variant} cached", ours(size, options, variant, cached=True)))
     return found
 
 

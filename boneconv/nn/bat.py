@@ -47,9 +47,8 @@ def compute_dtype(x: Tensor, *tensors: Tensor) -> torch.dtype:
     for tensor in tensors[1:]:
         if tensor.dtype != dtype:
             dtype = torch.promote_types(dtype, tensor.dtype)
-    kind = x.device.type
-    if _autocast(kind) and dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if _autocast(x) and dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return dtype
 
 
@@ -70,7 +69,7 @@ def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) ->
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
     arguments = (flat, weight, bias, block)
     wanted = [t for t in arguments if t is not None and t.requires_grad]
-    with _without_autocast(x.device.type):
+    with _without_autocast(x):
         if wanted and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             y: Tensor = _BatLinear.apply(*arguments)  # type: ignore[no-untyped-call]
         else:
@@ -98,7 +97,7 @@ class _BatLinear(torch.autograd.Function):
         x, weight, block = ctx.saved_tensors
         for_x, for_weight, for_bias, for_block = ctx.needs_input_grad
         back = _back_activations if _as_activations(x, block) else _back_formed
-        with _without_autocast(x.device.type):
+        with _without_autocast(x):
             dx, dw, db = back(grad, x, weight, block, (for_x, for_weight, for_block))
             dbias = grad.sum(0).to(ctx.bias_dtype) if for_bias else None
         return dx, dw, dbias, db
@@ -275,10 +274,13 @@ def _chunks(x: Tensor, block: Tensor, each: int, share: int) -> Iterator[tuple[s
         yield slice(first, last), slice(first * r, last * r)
 
 
-def _autocast(kind: str) -> bool:
-    """Whether autocast is on for a kind of device; the meta device knows none."""
+def _autocast(x: Tensor) -> bool:
+    """Whether autocast is on for a tensor's kind of device; the meta device knows none."""
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def _without_autocast(kind: str) -> AbstractContextManager[object]:
-    return torch.autocast(kind, enabled=False) if _autocast(kind) else nullcontext()
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    return torch.autocast(x.device.type, enabled=False) if _autocast(x) else nullcontext()

@@ -2,11 +2,13 @@
 
 With s the sum of x's r-wide slices (arXiv 2409.15371; PEFT 0.18.1; DESIGN math):
 
-    forward     y = x W^T + bias;  y += s B
+    forward     y = s B + bias;  y += x W^T
     backward    dx = dy W;  each r-wide slice of dx += dy B^T;  dB = s^T dy
 
 and for mini with B tiled along out: dy is summed over the tiles first. Autograd keeps s, which is r
-numbers a token, and the parameters themselves; x only where the weight's gradient is wanted.
+numbers a token, and the parameters themselves; x only where the weight's gradient is wanted. The
+small product comes first: after the large one, which sweeps W through the caches, it takes twice
+the time.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["add_term", "bone_linear", "slice_sum"]
+
+_ORDINARY = (nn.Parameter, Tensor)  # others may know of `F.linear` alone
 
 
 def slice_sum(x: Tensor, r: int) -> Tensor:
@@ -85,18 +89,19 @@ def bone_linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -
     Returns:
         ``[..., out]``, x's dtype.
     """
-    if torch.is_grad_enabled():
-        flat = x.reshape(-1, x.shape[-1])
-        y: Tensor
-        y, _ = _BoneLinear.apply(flat, weight, bias, block)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], weight.shape[0])
-    return _forward(x, weight, bias, block)[0]
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    run = _BoneLinear.apply if torch.is_grad_enabled() else _forward
+    y: Tensor = run(flat, weight, bias, block)[0]
+    return y if flat is x else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor
 ) -> tuple[Tensor, Tensor]:
-    total = slice_sum(x, block.shape[0])
+    total = slice_sum(x, block.size(0))
+    if block.dtype == x.dtype and block.size(1) == weight.size(0) and type(weight) in _ORDINARY:
+        y = torch.mm(total, block) if bias is None else torch.addmm(bias, total, block)
+        return y.addmm_(x, weight.t()), total
     if x.dtype != block.dtype:
         total = total.to(torch.promote_types(x.dtype, block.dtype))
     return add_term(F.linear(x, weight, bias), total, block, own=True), total

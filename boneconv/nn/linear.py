@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from boneconv.config import Axis, Variant
 from boneconv.errors import ConfigError, listing
-from boneconv.nn.cache import WeightCache, own_memory
+from boneconv.nn.cache import WeightCache, own_memory, page_aligned
 from boneconv.nn.functional import apply_updates
 from boneconv.nn.updates import Update, block_shape
 from boneconv.nn.weights import compose, merged_weight
@@ -193,6 +193,8 @@ class BoneLinear(nn.Module):
         wanted = (names,) if isinstance(names, str) else tuple(names)
         if len(set(wanted)) < len(wanted):
             raise ConfigError("an adapter is named twice", found=", ".join(wanted))
+        if wanted != self._active:
+            self._cache.drop()
         self._active = wanted
 
     def delete_adapter(self, name: str) -> None:
@@ -224,9 +226,11 @@ class BoneLinear(nn.Module):
         return [self._update(name) for name in self._chosen(names) if name in self._specs]
 
     def _update(self, name: str) -> Update:
-        spec = self._specs[name]
-        dropout = spec.dropout if self.training else 0.0
-        return Update(spec.variant, self.bone_block[name], spec.axis, dropout)
+        spec, blocks = self._specs[name], self.bone_block
+        block = blocks._parameters.get(name)  # FSDP puts plain tensors in its place
+        if block is None:
+            block = blocks[name]
+        return Update(spec.variant, block, spec.axis, spec.dropout if self.training else 0.0)
 
     def _chosen(self, names: str | Iterable[str] | None) -> tuple[str, ...]:
         """The active adapters, or the named ones, which must be there."""
@@ -329,17 +333,31 @@ class BoneLinear(nn.Module):
         Raises:
             ShapeError: x does not fit.
         """
+        layer, cache = self.base_layer, self._cache
+        if (  # the short way; why it is written flat: WeightCache.held
+            cache.enabled
+            and not torch.compiler.is_dynamo_compiling()
+            and cache.kept is not None
+            and not torch.is_grad_enabled()
+            and not self.training
+            and self.adapters_enabled
+        ):
+            blocks = map(self.bone_block._parameters.get, self._active)
+            held = cache.held((*blocks, layer.weight))  # type: ignore[arg-type]
+            if held is not None:
+                return self._linear(x, held, layer.bias)  # type: ignore[arg-type]
         if self._merged and not self.adapters_enabled:
-            return self._linear(x, self._unmerged())
+            return self._linear(x, self._unmerged(), self.bias)
         updates = self._in_force()
         if not updates:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        kept = self._formed(x, updates) if self._cache.enabled else None
-        if kept is not None:
-            return self._linear(x, kept)
-        layer = self.base_layer
-        base = as_function(layer, args, kwargs)
+            return layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
+        if cache.enabled and self._may_keep(x, weight, bias, updates):
+            sources = [*[update.block for update in updates], weight]
+            kept = cache.get(sources, lambda: self._form(updates))
+            if kept is not None:
+                return self._linear(x, kept, bias)
+        base = as_function(layer, args, kwargs)
         if not isinstance(layer, nn.Conv2d):
             return apply_updates(x, weight, bias, updates, base)
         last = apply_updates(x.movedim(-3, -1), weight.flatten(1), bias, updates, base)
@@ -348,26 +366,27 @@ class BoneLinear(nn.Module):
     def _in_force(self) -> list[Update]:
         return self.updates() if self.adapters_enabled and not self._merged else []
 
-    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self._is_conv:
-            return F.conv2d(x, weight.view(*weight.shape[:2], 1, 1), self.bias)
-        return F.linear(x, weight, self.bias)
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(self.base_layer, nn.Conv2d):
+            return F.conv2d(x, weight.view(*weight.shape[:2], 1, 1), bias)
+        return F.linear(x, weight, bias)
 
-    def _formed(self, x: Tensor, updates: list[Update]) -> Tensor | None:
-        """The kept W'', formed now if need be; nothing where it may not be used."""
+    def _may_keep(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[Update]
+    ) -> bool:
+        """Whether a kept W'' would do: in eval mode, where no gradient is wanted."""
         if self.training or torch.compiler.is_compiling():
-            return None
-        sources = [self.weight, *(update.block for update in updates)]
-        tensors = [x, *sources, *([] if self.bias is None else [self.bias])]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return None
-        key = tuple((update.variant, update.axis) for update in updates)
-        return self._cache.get(sources, key, lambda: self._form(updates))
+            return False
+        if not torch.is_grad_enabled():
+            return True
+        tensors = [x, weight, bias, *[update.block for update in updates]]
+        return not any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
     def _form(self, updates: list[Update]) -> Tensor:
         weight = self.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        return compose(weight.detach().flatten(1).to(wide), updates).to(weight.dtype).detach()
+        formed = compose(weight.detach().flatten(1).to(wide), updates)
+        return page_aligned(formed.to(weight.dtype).detach())
 
     def drop_cache(self) -> None:
         """Forget the kept W''; the next call forms it anew."""

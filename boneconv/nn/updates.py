@@ -10,7 +10,7 @@ With W ``[out, in]`` and rank r (arXiv 2409.15371; PEFT 0.14 to 0.18.1; "mini" f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,8 +20,7 @@ from boneconv.errors import ConfigError, ShapeError
 __all__ = ["Update", "block_shape", "check_block"]
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """How one adapter updates one weight.
 
     Attributes:

@@ -9,7 +9,6 @@ rounds BAT twice in half precision.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -100,7 +99,7 @@ def merged_weight(weight: Tensor, updates: Sequence[Update], *, finite: bool = F
             found=weight.dtype,
             hint="Merge the adapter into the checkpoint before it is quantized",
         )
-    updates = [replace(u, block=u.block.to(weight.device)) for u in updates]
+    updates = [u._replace(block=u.block.to(weight.device)) for u in updates]
     for update in updates:
         check_block(update, (weight.shape[0], weight.shape[1]))
     if weight.device.type != "cpu" or type(weight.data) is not Tensor:
@@ -139,7 +138,7 @@ def _array(tensor: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
 
 def _rounded(weight: Tensor, updates: Sequence[Update], *, finite: bool) -> Tensor:
     wide = torch.float32 if weight.dtype in _HALVES else torch.float64
-    whole = compose(weight.to(wide), [replace(u, block=u.block.to(wide)) for u in updates])
+    whole = compose(weight.to(wide), [u._replace(block=u.block.to(wide)) for u in updates])
     merged = whole.to(weight.dtype, copy=True)
     if finite and not bool(torch.isfinite(merged).all()):
         raise NonFiniteError("the merged weight is not finite", hint="Check the adapter's blocks")

@@ -28,5 +28,4 @@ def agrees(layer: BoneLinear) -> bool:
 
 
 def kept(layer: BoneLinear) -> Tensor | None:
-    found = layer._cache._kept
-    return None if found is None else found[2]
+    return layer._cache.kept

@@ -134,6 +134,39 @@ def test_the_same_block_as_another_variant() -> None:
         torch.testing.assert_close(layer(x), plain_forward(layer, x))
 
 
+def test_one_block_under_two_names() -> None:
+    layer = adapted("bat", width=16).eval()
+    add(layer, "in", "bat in")
+    layer.bone_block["in"] = layer.bone_block["a0"]
+    layer.cache_weight = True
+    x = torch.randn(3, 16, dtype=torch.float64)
+    with torch.no_grad():
+        for name in ("a0", "in", "a0"):
+            layer.set_adapter(name)
+            torch.testing.assert_close(layer(x), plain_forward(layer, x))
+
+
+def test_an_active_adapter_that_the_layer_lacks(layer: BoneLinear) -> None:
+    layer.set_adapter(["elsewhere", "a0"])
+    assert agrees(layer)
+    first = kept(layer)
+    assert first is not None
+    assert agrees(layer)
+    assert kept(layer) is first
+    layer.bone_block["a0"].data.add_(1)
+    assert agrees(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_starts_at_a_page(dtype: torch.dtype) -> None:
+    layer = kept_layer(dtype=torch.float32).to(dtype).eval()
+    with torch.no_grad():
+        layer(tokens(layer))
+    weight = kept(layer)
+    assert weight is not None
+    assert weight.data_ptr() % 4096 == 0
+
+
 def test_disabling_and_merging(layer: BoneLinear) -> None:
     x = tokens(layer)
     with torch.no_grad():
@@ -245,14 +278,14 @@ def test_the_watch_names_what_happened() -> None:
     source = torch.zeros(4)
     watch = cache._Watch.of(source)
     assert watch is not None
-    assert watch.state(source) is cache._State.SAME
-    assert watch.state(source.clone()) is cache._State.CHANGED
+    assert not watch.is_exposed(source)
+    assert not watch.is_exposed(source.clone())
     source.data.add_(1)
-    assert watch.state(source) is cache._State.EXPOSED
+    assert watch.is_exposed(source)
     again = cache._Watch.of(source)
     assert again is not None
     source.add_(1)
-    assert again.state(source) is cache._State.CHANGED
+    assert not again.is_exposed(source)
 
 
 def test_bone_needs_no_cache_to_be_right() -> None:

@@ -123,10 +123,10 @@ def test_cuda_keeps_a_weight_until_one_changes() -> None:
     x = torch.randn(3, 24, dtype=torch.float64, device="cuda")
     with torch.no_grad():
         first = layer(x)
-        kept = layer._cache._kept
+        kept = layer._cache.kept
         assert kept is not None
         assert torch.equal(layer(x), first)
-        assert layer._cache._kept is kept
+        assert layer._cache.kept is kept
         layer.weight.data.add_(1)
         assert not torch.allclose(layer(x), first)
 

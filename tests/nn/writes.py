@@ -67,6 +67,14 @@ def detached(p: Tensor) -> None:
     p.detach().mul_(-1)
 
 
+def strides_reversed(p: Tensor) -> None:
+    """The same memory, read in the other order; a second time, in the first again."""
+    rows_first = torch.empty_like(p, memory_format=torch.contiguous_format)
+    columns_first = rows_first.view(p.shape[::-1]).permute(*reversed(range(p.dim())))
+    other = columns_first if p.is_contiguous() else rows_first
+    p.data = p.data.as_strided(p.shape, other.stride())
+
+
 def set_(p: Tensor) -> None:
     with torch.no_grad():
         p.set_(torch.randn_like(p))
@@ -125,6 +133,7 @@ WRITES = [
     data_assigned,
     data_swapped_back_and_forth,
     detached,
+    strides_reversed,
     set_,
     storage_copied,
     by_numpy,
