@@ -94,7 +94,8 @@ class BatMerger:
         bound = _Bound(self._product(wide, first_row), self.reach(largest))
         doubtful = self._round(wide, first_row, out, bound, scratch)
         if len(doubtful):
-            self.recheck.settle(rows, first_row, doubtful, bound.product, out, scratch)
+            size = bound.product + largest + self._largest
+            self.recheck.settle(wide, first_row, doubtful, size, out, scratch)
 
     def scratch_nbytes(self, rows: int, columns: int) -> int:
         """The work space that `merge` takes.

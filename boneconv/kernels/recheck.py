@@ -16,14 +16,14 @@ from boneconv.config import Axis
 from boneconv.dtypes import F32, F64
 from boneconv.kernels.expansion import Pairs
 from boneconv.kernels.general import GeneralMerger
-from boneconv.kernels.narrow import FORMATS, HalfFormat, widen
+from boneconv.kernels.narrow import FORMATS, HalfFormat
 from boneconv.kernels.rounding import BITS, decide, decide_pair
 from boneconv.kernels.scratch import Scratch
 from boneconv.kernels.stage import Array, Stage, rank_of
 
 __all__ = ["Recheck"]
 
-_AT_ONCE = 1 << 15
+_AT_ONCE = 3 << 14
 _FEW = 64
 _UNDERFLOW = 2.0**-900  # what a tiny scale may lose
 _UP = 1 + 2.0**-20
@@ -33,7 +33,7 @@ class _Part(NamedTuple):
     """Rows of the weight, and the blocks that they meet.
 
     Attributes:
-        rows: ``[n, in]``.
+        rows: ``[n, in]`` float32.
         first_row: The weight's row that ``rows[0]`` is.
         columns: Row number * r + k is column k of a block.
         first_block: The block that ``columns`` starts with.
@@ -70,17 +70,18 @@ class Recheck:
         rows: Array,
         first_row: int,
         where: Array,
-        product: float,
+        size: float,
         out: Array,
         scratch: Scratch,
     ) -> None:
         """Store the canonical values of the elements at flat indices ``where``.
 
         Args:
-            rows: ``[n, in]``, at most float32, finite.
+            rows: ``[n, in]`` float32, finite.
             first_row: The weight's row that ``rows[0]`` is.
             where: Flat indices into ``rows``.
-            product: A bound on |tile of a row| |column of its block| for these elements.
+            size: A bound, for these elements, on |tile of a row| |column of its block|, Euclidean
+                norms, plus |weight| and |block element|.
             out: ``[n, in]`` of the target dtype.
             scratch: Work space.
         """
@@ -89,7 +90,7 @@ class Recheck:
         at_once = max(1, _AT_ONCE // self._rank)
         for start in range(0, len(where), at_once):
             chosen = where[start : start + at_once]
-            left = chosen[self._in_double(part, chosen, product, bits, scratch)]
+            left = chosen[self._in_double(part, chosen, size, bits, scratch)]
             if len(left) and self._stage.scale == 1.0:
                 self._without_error(part, left, bits, scratch)
             elif len(left):
@@ -103,15 +104,14 @@ class Recheck:
         return _Part(rows, first_row, _by_column(self._stage.block[first : last + 1]), first)
 
     def _in_double(
-        self, part: _Part, where: Array, product: float, bits: Array, scratch: Scratch
+        self, part: _Part, where: Array, size: float, bits: Array, scratch: Scratch
     ) -> Array:
         """Store what float64 decides; the indices into ``where`` of what it does not."""
         weights, columns, ends = self._terms(part, where, scratch)
         values = np.vecdot(weights, columns)
-        values += ends[0]
-        values += ends[1]
-        largest = float(np.abs(ends).max())
-        bound = (self._rank + 6) * 2.0**-53 * (product + 2 * largest) * _UP
+        for end in ends:
+            values += end
+        bound = (self._rank + 6) * 2.0**-53 * size * _UP
         if self._stage.scale != 1.0:
             bound += _UNDERFLOW
         if self._target == F32:
@@ -124,7 +124,7 @@ class Recheck:
     def _without_error(self, part: _Part, where: Array, bits: Array, scratch: Scratch) -> None:
         weights, columns, ends = self._terms(part, where, scratch)
         weights *= columns
-        terms = np.concatenate([weights, ends.T], axis=1)
+        terms = np.concatenate([weights, np.stack(ends, axis=1)], axis=1)
         flat = bits.reshape(-1)
         if len(where) > _FEW:
             pairs = Pairs.exactly(np.zeros(len(where)))
@@ -143,22 +143,22 @@ class Recheck:
         for i in np.unique(where // rows.shape[1]).tolist():
             self._general.merge(rows[i : i + 1], first_row + i, out[i : i + 1])
 
-    def _terms(self, part: _Part, where: Array, scratch: Scratch) -> tuple[Array, Array, Array]:
+    def _terms(
+        self, part: _Part, where: Array, scratch: Scratch
+    ) -> tuple[Array, Array, tuple[Array, Array]]:
         """Tiles' rows and blocks' columns ``[elements, r]``; block elements and weights."""
         r = self._rank
-        tiles, k = np.divmod(where, r)
-        i, tile = np.divmod(tiles, part.rows.shape[1] // r)
-        row = part.first_row + i
-        block = (row // r if self._stage.axis is Axis.OUT else tile) - part.first_block
-        weights = scratch.take("weights", (len(where), r), F64)
-        columns = scratch.take("columns", (len(where), r), F64)
-        gathered = part.rows.reshape(-1, r).take(tiles, axis=0)
-        np.copyto(weights, widen(gathered, scratch, "gathered"))
-        np.copyto(columns, part.columns.take(block * r + k, axis=0))
+        tiles, k = _divided(where, r)
+        i, tile = _divided(tiles, part.rows.shape[1] // r)
+        number, row = _divided(i + part.first_row, r)
+        block = number if self._stage.axis is Axis.OUT else tile
+        column = (block - part.first_block) * r + k
+        weights = _gathered(part.rows, tiles, "weights", r, scratch)
+        columns = _gathered(part.columns, column, "columns", r, scratch)
         if self._stage.scale != 1.0:
             np.multiply(columns, self._stage.scale, out=columns)
-        at = np.arange(len(where))
-        return weights, columns, np.stack([columns[at, row % r], weights[at, k]])
+        at = np.arange(0, len(where) * r, r)
+        return weights, columns, (columns.take(at + row), weights.take(at + k))
 
 
 def _by_column(blocks: Array) -> Array:
@@ -167,18 +167,34 @@ def _by_column(blocks: Array) -> Array:
     return columns.reshape(-1, blocks.shape[-1])
 
 
+def _divided(numbers: Array, by: int) -> tuple[Array, Array]:
+    """Quotients and rests; quicker than `numpy.divmod` for the usual powers of two."""
+    if by & (by - 1):
+        return np.divmod(numbers, by)
+    return numbers >> (by.bit_length() - 1), numbers & (by - 1)
+
+
+def _gathered(values: Array, lines: Array, name: str, r: int, scratch: Scratch) -> Array:
+    """Lines of ``values``, seen as ``[n, r]``, as float64."""
+    shape = (len(lines), r)
+    single = scratch.take("gathered", shape, F32)
+    values.reshape(-1, r).take(lines, axis=0, out=single, mode="clip")
+    double = scratch.take(name, shape, F64)
+    np.copyto(double, single)
+    return double
+
+
 def _decide_half(values: Array, bound: float, form: HalfFormat) -> tuple[Array, Array]:
     """Float64 values to bits of a 16-bit format, and where the bound leaves that open."""
-    single = values.astype(np.float32)
-    aligned = np.abs(form.align(single, single)).view(np.uint32)
+    magnitudes = np.abs(values)
+    single = magnitudes.astype(np.float32)
     fraction = np.uint32(form.fraction)
-    lower = aligned >> fraction
+    lower = form.align(single, single).view(np.uint32) >> fraction
     between = (lower << fraction) | np.uint32(1 << (form.fraction - 1))
-    midpoints = between.view(np.float32).astype(np.float64) / form.scale
-    beyond = np.abs(values) - midpoints
+    beyond = magnitudes - between.view(np.float32) / np.float64(form.scale)
     lower += beyond > 0
-    lower |= (values < 0).astype(np.uint32) << np.uint32(15)
-    undecided = (np.abs(beyond) <= bound) | (np.abs(values) <= bound)
+    lower |= np.signbit(values).astype(np.uint32) << np.uint32(15)
+    undecided = np.minimum(np.abs(beyond, out=beyond), magnitudes) <= bound
     return lower.astype(np.uint16), undecided
 
 

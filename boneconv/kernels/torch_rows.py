@@ -22,6 +22,7 @@ from boneconv.config import Axis
 from boneconv.dtypes import BF16, F16, F32
 from boneconv.kernels.additive import AdditiveMerger
 from boneconv.kernels.bat import BatMerger
+from boneconv.kernels.narrow import widen
 from boneconv.kernels.rounding import largest_magnitude
 from boneconv.kernels.rows import RowMerger
 from boneconv.kernels.scratch import Scratch
@@ -122,7 +123,8 @@ class TorchRowMerger(RowMerger):
         doubtful = torch.nonzero((below != above).reshape(-1)).reshape(-1).cpu().numpy()
         self._staging.download(below, out)
         if len(doubtful):
-            self._fast.recheck.settle(rows, first_row, doubtful, product * _UP, out, scratch)
+            size = product * _UP + largest + addend
+            self._fast.recheck.settle(widen(rows, scratch), first_row, doubtful, size, out, scratch)
 
     def _change(self, weights: torch.Tensor, first_row: int) -> tuple[torch.Tensor, float, float]:
         """W @ B + B by tiles; the largest product of a row's and a column's norm; the largest B."""
