@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from boneconv.config import Axis, Variant
 from boneconv.errors import ConfigError, listing
+from boneconv.nn.bone import bone_at_once
 from boneconv.nn.cache import WeightCache, own_memory, page_aligned
 from boneconv.nn.functional import apply_updates
 from boneconv.nn.updates import Update, block_shape
@@ -69,6 +70,7 @@ class BoneLinear(nn.Module):
         self._specs: dict[str, _Spec] = {}
         self._active: tuple[str, ...] = ()
         self._merged: tuple[str, ...] = ()
+        self._lone = ""  # the Bone adapter without dropout that is all there is to apply
         self._cache = WeightCache()
         self.register_buffer("_original", None, persistent=False)
         base_layer.requires_grad_(False)
@@ -181,6 +183,7 @@ class BoneLinear(nn.Module):
             nn.init.kaiming_uniform_(block, a=math.sqrt(5))
         self.bone_block[name] = nn.Parameter(block)
         self._specs[name] = _Spec(Variant(variant), Axis(axis), float(dropout))
+        self._note_change()
 
     def set_adapter(self, names: str | Iterable[str]) -> None:
         """Make adapters active, in the order that they are applied in.
@@ -194,8 +197,8 @@ class BoneLinear(nn.Module):
         if len(set(wanted)) < len(wanted):
             raise ConfigError("an adapter is named twice", found=", ".join(wanted))
         if wanted != self._active:
-            self._cache.drop()
-        self._active = wanted
+            self._active = wanted
+            self._note_change()
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter; others that are active stay so.
@@ -211,7 +214,7 @@ class BoneLinear(nn.Module):
         del self.bone_block[name]
         del self._specs[name]
         self._active = tuple(other for other in self._active if other != name)
-        self._cache.drop()
+        self._note_change()
 
     def enable_adapters(self, enabled: bool = True) -> None:
         """Apply the active adapters, or the base layer alone (even while it is merged)."""
@@ -231,6 +234,14 @@ class BoneLinear(nn.Module):
         if block is None:
             block = blocks[name]
         return Update(spec.variant, block, spec.axis, spec.dropout if self.training else 0.0)
+
+    def _note_change(self) -> None:
+        """Another set of adapters is applied from now on."""
+        self._cache.drop()
+        specs = {name: self._specs[name] for name in self._active if name in self._specs}
+        name, spec = next(iter(specs.items()), ("", None))
+        lone = spec is not None and spec.variant is Variant.BONE and not spec.dropout
+        self._lone = name if lone and len(specs) == 1 and not self._merged else ""
 
     def _chosen(self, names: str | Iterable[str] | None) -> tuple[str, ...]:
         """The active adapters, or the named ones, which must be there."""
@@ -303,7 +314,7 @@ class BoneLinear(nn.Module):
         self.base_layer.weight = nn.Parameter(merged, requires_grad=self.weight.requires_grad)
         self._buffers["_original"] = original  # assigned, a parameter would become one of ours
         self._merged += new
-        self._cache.drop()
+        self._note_change()
 
     def unmerge(self) -> None:
         """Put the original weight back, the same parameter and the same bits, for all adapters."""
@@ -315,7 +326,7 @@ class BoneLinear(nn.Module):
         self.base_layer.weight = original
         self._buffers["_original"] = None
         self._merged = ()
-        self._cache.drop()
+        self._note_change()
 
     # Computing
 
@@ -333,28 +344,18 @@ class BoneLinear(nn.Module):
         Raises:
             ShapeError: x does not fit.
         """
-        layer, cache = self.base_layer, self._cache
-        if (  # the short way; why it is written flat: WeightCache.held
-            cache.enabled
-            and not torch.compiler.is_dynamo_compiling()
-            and cache.kept is not None
-            and not torch.is_grad_enabled()
-            and not self.training
-            and self.adapters_enabled
-        ):
-            blocks = map(self.bone_block._parameters.get, self._active)
-            held = cache.held((*blocks, layer.weight))  # type: ignore[arg-type]
-            if held is not None:
-                return self._linear(x, held, layer.bias)  # type: ignore[arg-type]
+        if not torch.is_grad_enabled() and (y := self._at_once(x)) is not None:
+            return y
         if self._merged and not self.adapters_enabled:
             return self._linear(x, self._unmerged(), self.bias)
         updates = self._in_force()
+        layer = self.base_layer
         if not updates:
             return layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
-        if cache.enabled and self._may_keep(x, weight, bias, updates):
+        if self._cache.enabled and self._may_keep(x, weight, bias, updates):
             sources = [*[update.block for update in updates], weight]
-            kept = cache.get(sources, lambda: self._form(updates))
+            kept = self._cache.get(sources, lambda: self._form(updates))
             if kept is not None:
                 return self._linear(x, kept, bias)
         base = as_function(layer, args, kwargs)
@@ -362,6 +363,26 @@ class BoneLinear(nn.Module):
             return apply_updates(x, weight, bias, updates, base)
         last = apply_updates(x.movedim(-3, -1), weight.flatten(1), bias, updates, base)
         return last.movedim(-1, -3)
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """The two short ways, by a W'' that still holds and of one Bone adapter; nothing elsewhere.
+
+        Written flat: after a product that swept a weight through the processor's caches, each
+        function and each object of ours costs microseconds of misses.
+        """
+        if torch.compiler.is_compiling() or not self.adapters_enabled:
+            return None
+        cache, layer, blocks = self._cache, self.base_layer, self.bone_block._parameters
+        weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
+        if cache.enabled:
+            if cache.kept is None or self.training:
+                return None
+            held = cache.held((*map(blocks.get, self._active), weight))  # type: ignore[arg-type]
+            return None if held is None else self._linear(x, held, bias)
+        block = blocks.get(self._lone) if self._lone else None
+        if block is None or as_function(layer, (), {}) is not None:
+            return None
+        return bone_at_once(x, weight, bias, block)
 
     def _in_force(self) -> list[Update]:
         return self.updates() if self.adapters_enabled and not self._merged else []
