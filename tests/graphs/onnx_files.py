@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -88,3 +89,17 @@ def make_graph(
 def weights_of(file: Path) -> dict[str, Array]:
     """All initializers of a graph, by ONNX's own loader."""
     return {each.name: numpy_helper.to_array(each) for each in onnx.load(file).graph.initializer}
+
+
+def hub_snapshot(cache: Path, files: dict[str, Path]) -> Path:
+    """A snapshot as the Hub's client lays it out: links to blobs of the repository."""
+    repository = cache / "models--somebody--graph"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    (repository / "blobs").mkdir(parents=True)
+    for number, (name, source) in enumerate(files.items()):
+        blob = repository / "blobs" / f"{number:064x}"
+        shutil.copyfile(source, blob)
+        link = snapshot / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    return snapshot

@@ -11,7 +11,7 @@ import pytest
 
 from boneconv.errors import FormatError
 from boneconv.graphs import open_graph
-from tests.graphs.onnx_files import DATA, make_graph
+from tests.graphs.onnx_files import DATA, hub_snapshot, make_graph
 
 W = np.arange(24, dtype=np.float32).reshape(4, 6)
 
@@ -58,20 +58,6 @@ def test_a_link_within_the_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / DATA).rename(tmp_path / "real.bin")
     (tmp_path / DATA).symlink_to("real.bin")
     assert np.array_equal(open_graph(file).initializers["w"].read(), W)
-
-
-def hub_snapshot(cache: Path, files: dict[str, Path]) -> Path:
-    """A snapshot as the Hub's client lays it out: links to blobs of the repository."""
-    repository = cache / "models--somebody--graph"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    (repository / "blobs").mkdir(parents=True)
-    for number, (name, source) in enumerate(files.items()):
-        blob = repository / "blobs" / f"{number:064x}"
-        shutil.copyfile(source, blob)
-        link = snapshot / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(blob)
-    return snapshot
 
 
 @pytest.mark.parametrize("folder", ["", "onnx/"])

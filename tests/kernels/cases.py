@@ -12,6 +12,23 @@ from boneconv.dtypes import BF16, F16, F32, F64
 from boneconv.kernels import RowMerger, Scratch, Stage
 
 DTYPES = [BF16, F16, F32, F64]
+#: A variant and an axis for each formula.
+FORMULAS = [
+    (Variant.BONE, Axis.OUT),
+    (Variant.MINI, Axis.OUT),
+    (Variant.BAT, Axis.OUT),
+    (Variant.BAT, Axis.IN),
+]
+ROUNDINGS = [
+    (BF16, BF16, F32),
+    (BF16, BF16, BF16),
+    (F16, F16, F32),
+    (F16, F16, F16),
+    (F16, BF16, F32),
+    (F32, F32, F32),
+    (F32, BF16, BF16),
+    (F32, F16, F32),
+]
 #: What the values look like; the names are explained in `values`.
 KINDS = ["normal", "few bits", "tiny", "subnormal", "huge", "mixed", "zero"]
 
@@ -96,3 +113,24 @@ def merged(merger: RowMerger, weight: Any, target: np.dtype[Any], rows: int | No
         part = slice(start, start + step)
         merger.merge(weight[part], start, out[part], scratch)
     return out
+
+
+def adversarial() -> list[tuple[str, Any, Any]]:
+    """Names, weights and blocks that ask for trouble."""
+    rng = np.random.default_rng(10)
+    shape, r = (16, 64), 16
+    normal = rng.standard_normal(shape) * 0.02
+    powers = 2.0 ** rng.integers(-8, 0, shape) * rng.choice([-1, 1], shape)
+    block = rng.standard_normal((1, r, r)) * 0.01
+    block_powers = 2.0 ** rng.integers(-8, -3, (1, r, r)) * rng.choice([-1, 1], (1, r, r))
+    midpoints = 1 + 2.0**-8 + np.zeros(shape)
+    return [
+        ("a block of zeros", normal, block * 0),
+        ("a tiny block decides ties", midpoints, block * 1e-30),
+        ("powers of two tie", powers, block_powers),
+        ("a sparse block", powers, block_powers * (rng.random((1, r, r)) < 0.05)),
+        ("a weight of zeros", normal * 0, block),
+        ("an outlier", np.where(rng.random(shape) < 0.01, 100, normal), block),
+        ("cancellation", np.ones(shape), np.tile(-np.eye(r), (1, 1, 1))),
+        ("minus zero", -np.zeros(shape), -np.zeros((1, r, r))),
+    ]

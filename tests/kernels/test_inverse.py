@@ -18,6 +18,7 @@ from boneconv.errors import InputError, NonFiniteError
 from boneconv.kernels import RowMerger, Scratch, Stage, exact
 from boneconv.kernels.inverse import InverseMerger, Measures, half_ulp, inverse_stage
 from tests.kernels.cases import DTYPES, bits, merged, merges
+from tests.kernels.other_orders import reversed_products
 
 
 def _bat(block: Any, scale: float = 1.0, **options: Any) -> Stage:
@@ -289,28 +290,12 @@ def test_another_order_of_summation_gives_the_same_bits(monkeypatch: pytest.Monk
             rows, 0, before, Scratch()
         )
         with monkeypatch.context() as patch:
-            calls = _reverse_matmul(patch)
+            calls = reversed_products(patch)
             InverseMerger(stages, rows.shape, dtype, dtype, bounded=False).merge(
                 rows, 0, after, Scratch()
             )
         assert calls
         assert np.array_equal(bits(before), bits(after))
-
-
-def _reverse_matmul(patch: pytest.MonkeyPatch) -> list[int]:
-    """Makes numpy add products in the opposite order; counts the calls."""
-    plain, calls = np.matmul, []
-
-    def matmul(a: Any, b: Any, out: Any = None) -> Any:
-        calls.append(1)
-        result = plain(a[..., ::-1].copy(), b[..., ::-1, :].copy())
-        if out is None:
-            return result
-        out[...] = result
-        return out
-
-    patch.setattr(np, "matmul", matmul)
-    return calls
 
 
 @pytest.mark.parametrize(

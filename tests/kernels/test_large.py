@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from boneconv.config import Variant
 from boneconv.dtypes import BF16, F16
 from boneconv.kernels import RowMerger, Scratch, Stage
-from tests.merging.test_rounding import correctly_rounded
+from tests.oracle.rounding import correctly_rounded
 
 SHAPE = (1920, 2048)
 ROUNDS = 26  # x 3.9 million weights

@@ -12,25 +12,17 @@ from boneconv.dtypes import BF16, F16, F32, F64
 from boneconv.errors import ConfigError, NonFiniteError, ShapeError
 from boneconv.kernels import RowMerger, Scratch, Stage, exact, products
 from boneconv.kernels.reference import apply
-from tests.kernels.cases import DTYPES, bits, merged, merges, stage_of, values
-
-#: A variant and an axis for each formula.
-FORMULAS = [
-    (Variant.BONE, Axis.OUT),
-    (Variant.MINI, Axis.OUT),
-    (Variant.BAT, Axis.OUT),
-    (Variant.BAT, Axis.IN),
-]
-ROUNDINGS = [
-    (BF16, BF16, F32),
-    (BF16, BF16, BF16),
-    (F16, F16, F32),
-    (F16, F16, F16),
-    (F16, BF16, F32),
-    (F32, F32, F32),
-    (F32, BF16, BF16),
-    (F32, F16, F32),
-]
+from tests.kernels.cases import (
+    DTYPES,
+    FORMULAS,
+    ROUNDINGS,
+    adversarial,
+    bits,
+    merged,
+    merges,
+    stage_of,
+    values,
+)
 
 
 @given(merges())
@@ -205,26 +197,6 @@ def test_the_bytes_do_not_depend_on_the_order_of_summation(
         other is reversed_product and target == F16
     ):  # the plain merge does depend on it: the comparison is not idle
         assert not np.array_equal(bits(merged(plain, weight, target)), bits(plainly))
-
-
-def adversarial() -> list[tuple[str, np.ndarray, np.ndarray]]:
-    rng = np.random.default_rng(10)
-    shape, r = (16, 64), 16
-    normal = rng.standard_normal(shape) * 0.02
-    powers = 2.0 ** rng.integers(-8, 0, shape) * rng.choice([-1, 1], shape)
-    block = rng.standard_normal((1, r, r)) * 0.01
-    block_powers = 2.0 ** rng.integers(-8, -3, (1, r, r)) * rng.choice([-1, 1], (1, r, r))
-    midpoints = 1 + 2.0**-8 + np.zeros(shape)
-    return [
-        ("a block of zeros", normal, block * 0),
-        ("a tiny block decides ties", midpoints, block * 1e-30),
-        ("powers of two tie", powers, block_powers),
-        ("a sparse block", powers, block_powers * (rng.random((1, r, r)) < 0.05)),
-        ("a weight of zeros", normal * 0, block),
-        ("an outlier", np.where(rng.random(shape) < 0.01, 100, normal), block),
-        ("cancellation", np.ones(shape), np.tile(-np.eye(r), (1, 1, 1))),
-        ("minus zero", -np.zeros(shape), -np.zeros((1, r, r))),
-    ]
 
 
 @pytest.mark.parametrize(("source", "target", "block_dtype"), ROUNDINGS)

@@ -10,8 +10,16 @@ from boneconv.dtypes import BF16, F16, F32
 from boneconv.errors import NonFiniteError
 from boneconv.kernels import RowMerger, Stage
 from boneconv.kernels.torch_rows import TorchRowMerger
-from tests.kernels.cases import bits, merged, merges, stage_of, values
-from tests.kernels.test_rows import FORMULAS, ROUNDINGS, adversarial
+from tests.kernels.cases import (
+    FORMULAS,
+    ROUNDINGS,
+    adversarial,
+    bits,
+    merged,
+    merges,
+    stage_of,
+    values,
+)
 
 cuda = pytest.param("cuda", marks=pytest.mark.cuda)
 DEVICES = ["cpu", cuda]

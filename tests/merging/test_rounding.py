@@ -1,16 +1,12 @@
 """How many merged weights are not the exact value rounded once, on layers of a real model.
 
-The exact value is worked out here, by formulas of its own: in float64 with a bound on its error,
-and in fractions where the bound does not settle the rounding.
+The exact value is worked out by formulas of the tests' own (`tests.oracle.rounding`).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +17,7 @@ import boneconv
 from tests.builders import DTYPES, Array, pack, same_bits, unpack, unpack_folder
 from tests.oracle import real
 from tests.oracle.quiet import quiet_peft
+from tests.oracle.rounding import correctly_rounded
 
 Dtype = Literal["bfloat16", "float16"]
 
@@ -29,85 +26,6 @@ LAYERS = {0: 0, 29: 1}
 VOCABULARY = 64
 STORED = {"bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
 PREFIX = "base_model.model."
-
-# --- the exact values --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Format:
-    """A 16-bit float: bits of its significand, exponent of its smallest normal number."""
-
-    bits: int
-    lowest: int
-
-
-FORMATS = {DTYPES["BF16"]: Format(8, -126), DTYPES["F16"]: Format(11, -14)}
-
-
-def round_doubles(values: Array, form: Format) -> Array:
-    """To nearest even, as float64: scaling by a power of two is exact, and rint ties to even."""
-    exponents = np.frexp(values)[1] - 1
-    quantum = np.ldexp(1.0, np.maximum(exponents, form.lowest) - (form.bits - 1))
-    return np.rint(values / quantum) * quantum
-
-
-def round_exactly(value: Fraction, form: Format) -> float:
-    """To nearest even, as Python rounds a fraction; only zero itself is +0 whatever its sign."""
-    if not value:
-        return 0.0
-    exponent = int(np.frexp(float(value))[1]) - 1  # of a neighbour: may be one too high
-    if abs(value) < Fraction(2) ** exponent:
-        exponent -= 1
-    quantum = Fraction(2) ** (max(exponent, form.lowest) - (form.bits - 1))
-    return math.copysign(float(round(value / quantum) * quantum), value)
-
-
-def bone_terms(weight: Array, block: Array, row: int, column: int) -> list[Fraction]:
-    return [_fraction(weight[row, column]), _fraction(block[column % len(block), row])]
-
-
-def bat_terms(weight: Array, block: Array, row: int, column: int) -> list[Fraction]:
-    r = block.shape[-1]
-    tile, factors = weight[row, column - column % r :][:r], block[row // r, :, column % r]
-    products = [_fraction(w) * _fraction(b) for w, b in zip(tile, factors, strict=True)]
-    return [_fraction(weight[row, column]), *products, _fraction(factors[row % r])]
-
-
-def _fraction(number: np.generic) -> Fraction:
-    return Fraction(float(number))
-
-
-def approximate(weight: Array, block: Array) -> tuple[Array, Array]:
-    """Merged values in float64, and how far they may be from the exact ones."""
-    w, b = weight.astype(np.float64), block.astype(np.float64)
-    if b.ndim == 2:
-        delta = b[np.arange(w.shape[1]) % len(b)].T
-        values, magnitudes, terms = w + delta, np.abs(w) + np.abs(delta), 2
-    else:
-        change, largest = _bat(w, b), _bat(np.abs(w), np.abs(b))
-        values, magnitudes, terms = w + change, np.abs(w) + largest, b.shape[-1] + 2
-    return values, 2 * terms * np.finfo(np.float64).eps * magnitudes
-
-
-def _bat(w: Array, b: Array) -> Array:
-    r, out = b.shape[-1], np.empty_like(w)
-    for tile, matrix in enumerate(b):
-        rows = slice(tile * r, (tile + 1) * r)
-        out[rows] = (w[rows].reshape(-1, r) @ matrix).reshape(r, -1)
-        out[rows] += np.tile(matrix, (1, w.shape[1] // r))
-    return out
-
-
-def correctly_rounded(weight: Array, block: Array) -> Array:
-    """The exact merged values, each rounded once to the weight's dtype."""
-    form = FORMATS[weight.dtype]
-    values, bound = approximate(weight, block)
-    low, high = round_doubles(values - bound, form), round_doubles(values + bound, form)
-    terms = bone_terms if block.ndim == 2 else bat_terms
-    for row, column in np.argwhere((low != high) | (low == 0)):
-        exact = sum(terms(weight, block, row, column), Fraction(0))
-        low[row, column] = round_exactly(exact, form)
-    return low.astype(weight.dtype)
 
 
 def wrong_share(found: dict[str, Array], expected: dict[str, Array]) -> float:
@@ -203,46 +121,3 @@ def test_every_weight_is_correctly_rounded(
     assert pefts >= least
     for name in weights.keys() - expected.keys():
         assert same_bits(weights[name], merged[name])
-
-
-# --- the oracle of this file -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [DTYPES["BF16"], DTYPES["F16"]])
-def test_both_roundings_go_to_nearest_even(dtype: np.dtype[np.generic]) -> None:
-    """Every finite number and every midpoint of two: the even neighbour, from both sides."""
-    form = FORMATS[dtype]
-    bits = np.arange(0x8000, dtype=np.uint16)
-    finite = bits[: int(np.array(np.inf, dtype).view(np.uint16))]
-    numbers = finite.view(dtype).astype(np.float64)
-    midpoints = (numbers[1:] + numbers[:-1]) / 2
-    even = np.where(finite[:-1] % 2 == 0, numbers[:-1], numbers[1:])
-    assert np.array_equal(round_doubles(numbers, form), numbers)
-    for sign in (1, -1):
-        assert np.array_equal(round_doubles(sign * midpoints, form), sign * even)
-        above = round_doubles(sign * np.nextafter(midpoints, np.inf), form)
-        assert np.array_equal(above, sign * numbers[1:])
-    for i in range(0, len(midpoints), 199):
-        middle, tiny = Fraction(midpoints[i]), Fraction(2) ** -1200
-        assert round_exactly(middle, form) == even[i]
-        assert round_exactly(-middle - tiny, form) == -numbers[i + 1]
-        assert round_exactly(middle - tiny, form) == numbers[i]
-    assert math.copysign(1, round_exactly(Fraction(-1, 2**200), form)) == -1
-    assert math.copysign(1, round_exactly(Fraction(0), form)) == 1
-
-
-def test_the_bound_holds_and_ties_are_settled() -> None:
-    rng = np.random.default_rng(5)
-    weight = rng.normal(size=(8, 12)).astype(DTYPES["BF16"])
-    bone = rng.normal(size=(5, 8)).astype(np.float32)
-    bat = rng.normal(size=(2, 4, 4)).astype(np.float32)
-    for block, terms in ((bone, bone_terms), (bat, bat_terms)):
-        values, bound = approximate(weight, block)
-        for row, column in np.ndindex(*weight.shape):
-            exact = sum(terms(weight, block, row, column), Fraction(0))
-            assert abs(exact - Fraction(values[row, column])) <= Fraction(bound[row, column])
-    ties = np.full((4, 4), 2.0**-8, np.float32)
-    ones = np.ones((4, 4), DTYPES["BF16"])
-    assert same_bits(correctly_rounded(ones, ties), ones)
-    more = correctly_rounded(ones, np.nextafter(ties, np.float32(1)))
-    assert np.array_equal(more.astype(np.float32), np.full((4, 4), 1 + 2.0**-7))

@@ -21,8 +21,7 @@ from boneconv.errors import (
 from boneconv.io.checkpoint import open_checkpoint
 from boneconv.io.files import Reader
 from tests.builders import Q, make_base, module, snapshot, tree_digest
-from tests.graphs.onnx_files import DATA, make_graph
-from tests.graphs.test_external import hub_snapshot
+from tests.graphs.onnx_files import DATA, hub_snapshot, make_graph
 from tests.onnx.patching.cases import (
     Case,
     check_here,

@@ -36,10 +36,8 @@ from tests.builders import (
     snapshot,
     unpack,
 )
-from tests.kernels.cases import KINDS, values
-from tests.kernels.test_inverse import _reverse_matmul
-
-RECORD = "boneconv.json"
+from tests.kernels.other_orders import reversed_products
+from tests.unmerging.cases import RECORD, cases
 
 
 def _round_trip(
@@ -61,38 +59,6 @@ def _same_folders(base: Path, back: Path) -> bool:
     found.pop(RECORD)
     assert found.keys() == expected.keys()
     return found == expected
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> tuple[dict[str, Array | Raw], list[tuple[str, Any]], dict[str, Any]]:
-    """A base's tensors, the blocks of one or two adapters, and options of the merge."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    dtype = draw(st.sampled_from([BF16, F16, F32, F64]))
-    kinds = [kind for kind in KINDS if kind != "huge"]
-    tensors: dict[str, Array | Raw] = {
-        name: tensor
-        if isinstance(tensor, Raw) or tensor.dtype == np.int64
-        else values(draw(st.sampled_from(kinds)), tensor.shape, dtype, rng)
-        for name, tensor in base_tensors(layers=1).items()
-    }
-    adapters = []
-    for _ in range(draw(st.sampled_from([1, 1, 2]))):
-        variant = draw(st.sampled_from(["bone", "bat", "mini"]))
-        rank = draw(st.sampled_from([4, 2] if variant == "bat" else [4, 5, 3]))
-        kind = draw(st.sampled_from(["normal", "few bits", "mixed", "zero"]))
-        blocks = {
-            name: values(kind, block.shape, F32, rng)
-            for name, block in blocks_for_all(variant, rank=rank).items()
-            if ".0." in name
-        }
-        adapters.append((variant, rank, blocks))
-    options = {
-        "scale": draw(st.sampled_from([1.0, 0.3, -2.0])),
-        "dtype": draw(st.sampled_from(["keep", "keep", "keep", "float32", "bfloat16"])),
-        "max_shard_size": draw(st.sampled_from([None, "1kB"])),
-        "workers": 1,
-    }
-    return tensors, adapters, options
 
 
 @given(cases(), st.sampled_from([1, 2]))
@@ -286,7 +252,7 @@ def test_a_delta_file_holds_under_another_order_of_summation(
     base, adapter = _larger_base(tmp_path / "base"), _larger_adapter(tmp_path / "adapter")
     delta = tmp_path / "delta"
     boneconv.merge(base, adapter, tmp_path / "merged", keep_delta=delta, workers=1)
-    calls = _reverse_matmul(monkeypatch)
+    calls = reversed_products(monkeypatch)
     boneconv.unmerge(tmp_path / "merged", adapter, tmp_path / "back", delta=delta, workers=1)
     assert calls
     assert _same_folders(base, tmp_path / "back")

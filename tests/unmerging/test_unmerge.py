@@ -38,7 +38,7 @@ from tests.builders import (
     unpack,
     unpack_folder,
 )
-from tests.unmerging.test_delta import RECORD, cases
+from tests.unmerging.cases import RECORD, cases
 
 WEIGHT = f"{module(0, Q)}.weight"
 
