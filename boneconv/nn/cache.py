@@ -12,7 +12,8 @@ Two more rules make that safe:
 - A source that parted from its clone while its version stood still was written behind the version
   counter, or had its address taken (``numpy()``, ``data_ptr()``, a file writer), and who has the
   address may write again unseen. W' is then dropped and not kept again until `WeightCache.drop`:
-  ``train()``, ``eval()``, moving or casting the layer, merging, or ``cache_weight = True``.
+  ``train()``, ``eval()``, moving or casting the layer, merging, activating other adapters, or
+  ``cache_weight = True``.
 - Memory that torch cannot clone lazily (of a numpy array, a mapped file, shared between processes)
   is never trusted: W' is not kept, and each call computes from the tensors as they are. So it is
   where a process group is initialized: FSDP frees storages by resizing them, which torch 2.13
