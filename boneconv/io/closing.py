@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
 __all__ = ["Closing"]
 
 
-class Closing:
+class Closing(ABC):
     """A context manager that ends with `close`, whatever happened."""
 
+    @abstractmethod
     def close(self) -> None:
         """Gives back what is held."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self

@@ -23,7 +23,7 @@ from boneconv.kernels.stage import Array, Stage, rank_of
 
 __all__ = ["Recheck"]
 
-_AT_ONCE = 3 << 14
+_AT_ONCE = 3 << 14  # terms: at rank 64, what a chunk of the usual size leaves in doubt
 _FEW = 64
 _UNDERFLOW = 2.0**-900  # what a tiny scale may lose
 _UP = 1 + 2.0**-20
@@ -148,9 +148,9 @@ class Recheck:
     ) -> tuple[Array, Array, tuple[Array, Array]]:
         """Tiles' rows and blocks' columns ``[elements, r]``; block elements and weights."""
         r = self._rank
-        tiles, k = _divided(where, r)
-        i, tile = _divided(tiles, part.rows.shape[1] // r)
-        number, row = _divided(i + part.first_row, r)
+        tiles, k = np.divmod(where, r)
+        i, tile = np.divmod(tiles, part.rows.shape[1] // r)
+        number, row = np.divmod(i + part.first_row, r)
         block = number if self._stage.axis is Axis.OUT else tile
         column = (block - part.first_block) * r + k
         weights = _gathered(part.rows, tiles, "weights", r, scratch)
@@ -165,13 +165,6 @@ def _by_column(blocks: Array) -> Array:
     """``[blocks, r, r] -> [blocks * r, r]``, float32, a row for each column."""
     columns = np.ascontiguousarray(blocks.transpose(0, 2, 1), np.float32)
     return columns.reshape(-1, blocks.shape[-1])
-
-
-def _divided(numbers: Array, by: int) -> tuple[Array, Array]:
-    """Quotients and rests; quicker than `numpy.divmod` for the usual powers of two."""
-    if by & (by - 1):
-        return np.divmod(numbers, by)
-    return numbers >> (by.bit_length() - 1), numbers & (by - 1)
 
 
 def _gathered(values: Array, lines: Array, name: str, r: int, scratch: Scratch) -> Array:

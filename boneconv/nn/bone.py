@@ -96,28 +96,15 @@ def bone_linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -
 
 
 def bone_at_once(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor | None:
-    """`bone_linear` where no gradient is wanted and all is of one dtype; nothing where it is not.
-
-    Args:
-        x: ``[..., in]``.
-        weight: ``[out, in]``.
-        bias: ``[out]`` or nothing.
-        block: ``[r, out]``.
-    """
-    r, width = block.size(0), weight.size(-1)
+    """`bone_linear` where all is of one dtype and fits, outside of autocast; nothing elsewhere."""
     if (
         x.dtype != weight.dtype
         or x.dtype != block.dtype
-        or x.size(-1) != width
-        or type(weight) not in _ORDINARY
+        or x.size(-1) != weight.size(-1)
         or torch._C._is_any_autocast_enabled()
     ):
         return None
-    flat = x if x.dim() == 2 else x.reshape(-1, width)
-    total = slice_sum(flat, r) if width % r else flat.reshape(-1, width // r, r).sum(1)
-    y = torch.mm(total, block) if bias is None else torch.addmm(bias, total, block)
-    y.addmm_(flat, weight.t())
-    return y if flat is x else y.view(*x.shape[:-1], y.size(1))
+    return bone_linear(x, weight, bias, block)
 
 
 def _forward(

@@ -59,11 +59,12 @@ class WeightCache:
         self.kept = None
         _release(self._watches)
 
-    def held(self, sources: Sequence[Tensor]) -> Tensor | None:
+    def held(self, sources: Sequence[Tensor | None]) -> Tensor | None:
         """The kept tensor, if it was formed from these sources and none of them has changed.
 
-        One function that calls nothing of ours and creates nothing: after a product that swept a
-        weight through the processor's caches, each piece of code costs microseconds of misses.
+        One function that calls nothing of ours (so `_address` and `_version` stand here again) and
+        creates nothing: after a product that swept a weight through the processor's caches, each
+        piece of code costs microseconds of misses.
         """
         if self.kept is None or len(self._watches) != len(sources):
             return None
@@ -71,10 +72,10 @@ class WeightCache:
             known, _, view, dtype, address, version = watch
             if (
                 source is not known
-                or source.dtype is not dtype
-                or not source.is_set_to(view)
-                or torch._C._data_address(source) != address  # type: ignore[attr-defined]
-                or (version is not None and source._version != version)
+                or known.dtype is not dtype
+                or not known.is_set_to(view)
+                or torch._C._data_address(known) != address  # type: ignore[attr-defined]  # private
+                or (version is not None and known._version != version)
             ):
                 return None
         return self.kept

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from boneconv.config import Variant
 from boneconv.errors import ShapeError
 from boneconv.nn.bat import bat_linear, compute_dtype
 from boneconv.nn.bone import add_term, bone_linear, slice_sum
@@ -97,10 +96,10 @@ def apply_updates(
     base: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     """`adapted_linear` of blocks whose shapes are known to fit."""
-    if base is None and len(updates) == 1 and _is_plain(x, weight, updates[0]):
-        return bone_linear(x, weight, bias, updates[0].block)
     if weight.is_floating_point():  # a quantized one may be packed
         _check_input(x, weight)
+    if base is None and len(updates) == 1 and _is_plain(x, weight, updates[0]):
+        return bone_linear(x, weight, bias, updates[0].block)
     given, pending = weight, list(updates)
     fixed = max([-1] + [i for i, update in enumerate(pending) if update.acts_on_rows])
     if fixed > 0:
@@ -145,10 +144,9 @@ def _unwind(
 
 def _is_plain(x: Tensor, weight: Tensor, update: Update) -> bool:
     """Whether `bone_linear` computes it: Bone or mini, no dropout, no autocast, no compiler."""
-    if update.variant is Variant.BAT or update.dropout or x.size(-1) != weight.size(-1):
+    if update.is_bat or update.dropout or torch.compiler.is_compiling():
         return False
-    same = x.dtype == weight.dtype == compute_dtype(x, weight)
-    return same and not torch.compiler.is_compiling()
+    return x.dtype == weight.dtype == compute_dtype(x, weight)
 
 
 def _check_input(x: Tensor, weight: Tensor) -> None:

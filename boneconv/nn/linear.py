@@ -229,19 +229,19 @@ class BoneLinear(nn.Module):
         return [self._update(name) for name in self._chosen(names) if name in self._specs]
 
     def _update(self, name: str) -> Update:
-        spec, blocks = self._specs[name], self.bone_block
-        block = blocks._parameters.get(name)  # FSDP puts plain tensors in its place
-        if block is None:
-            block = blocks[name]
-        return Update(spec.variant, block, spec.axis, spec.dropout if self.training else 0.0)
+        spec = self._specs[name]
+        dropout = spec.dropout if self.training else 0.0
+        return Update(spec.variant, self.bone_block[name], spec.axis, dropout)
 
     def _note_change(self) -> None:
         """Another set of adapters is applied from now on."""
         self._cache.drop()
-        specs = {name: self._specs[name] for name in self._active if name in self._specs}
-        name, spec = next(iter(specs.items()), ("", None))
-        lone = spec is not None and spec.variant is Variant.BONE and not spec.dropout
-        self._lone = name if lone and len(specs) == 1 and not self._merged else ""
+        self._lone = ""
+        here = [name for name in self._active if name in self._specs]
+        if len(here) == 1 and not self._merged:
+            spec = self._specs[here[0]]
+            if spec.variant is Variant.BONE and not spec.dropout:
+                self._lone = here[0]
 
     def _chosen(self, names: str | Iterable[str] | None) -> tuple[str, ...]:
         """The active adapters, or the named ones, which must be there."""
@@ -354,7 +354,7 @@ class BoneLinear(nn.Module):
             return layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
         if self._cache.enabled and self._may_keep(x, weight, bias, updates):
-            sources = [*[update.block for update in updates], weight]
+            sources = [*(update.block for update in updates), weight]
             kept = self._cache.get(sources, lambda: self._form(updates))
             if kept is not None:
                 return self._linear(x, kept, bias)
@@ -377,7 +377,7 @@ class BoneLinear(nn.Module):
         if cache.enabled:
             if cache.kept is None or self.training:
                 return None
-            held = cache.held((*map(blocks.get, self._active), weight))  # type: ignore[arg-type]
+            held = cache.held((*map(blocks.get, self._active), weight))
             return None if held is None else self._linear(x, held, bias)
         block = blocks.get(self._lone) if self._lone else None
         if block is None or as_function(layer, (), {}) is not None:
