@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from boneconv.errors import LockedError
+from boneconv.io.closing import Closing
 from boneconv.io.files import machine_errors
 
 __all__ = ["Lock"]
 
 
-class Lock:
-    """Holds a lock file exclusively, from construction to `release`.
+class Lock(Closing):
+    """Holds a lock file exclusively, from construction to `close`.
 
     Raises:
         LockedError: Another process holds it.
@@ -40,20 +39,9 @@ class Lock:
         except FileNotFoundError:
             return False
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Lets go of the lock; the file stays."""
         os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 def _try_lock(fd: int) -> bool:

@@ -100,10 +100,10 @@ class Staging:
         except OutputExistsError:
             if not self._journal.key:
                 self._clear()
-            self._lock.release()
+            self._lock.close()
             raise
         except BaseException:
-            self._lock.release()
+            self._lock.close()
             raise
 
     def record(self, name: str, entry: dict[str, Any]) -> None:
@@ -153,7 +153,7 @@ class Staging:
             if error is None or isinstance(error, InputError | CheckFailedError):
                 self._clear()
         finally:
-            self._lock.release()
+            self._lock.close()
 
     def _take_lock(self) -> Lock:
         """Makes OUT.partial and locks it; a run that has just finished may remove it meanwhile."""

@@ -45,7 +45,7 @@ def test_a_second_holder_is_refused(tmp_path: Path) -> None:
 
 def test_a_released_lock_can_be_taken(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    Lock(path).release()
+    Lock(path).close()
     with Lock(path):
         assert path.exists()
 
@@ -57,7 +57,7 @@ def test_it_holds_between_processes_and_dies_with_its_process(tmp_path: Path) ->
             Lock(path)
         os.kill(process.pid, signal.SIGKILL)
         process.wait(10)
-    Lock(path).release()
+    Lock(path).close()
 
 
 def test_a_lock_on_a_file_that_was_removed_is_no_lock(

@@ -35,7 +35,7 @@ def _killed(staging: Staging, monkeypatch: pytest.MonkeyPatch, call: str, after:
         patch.setattr(Path, call, dying)
         patch.setattr(Staging, "withdraw", lambda self: None)
         staging.publish()
-    staging._lock.release()
+    staging._lock.close()
 
 
 def _killed_after_publishing(out: Path, *, key: str = "k") -> None:
@@ -43,7 +43,7 @@ def _killed_after_publishing(out: Path, *, key: str = "k") -> None:
     (staging.target / "one").write_text("1")
     staging.record("one", {"digest": "d1"})
     staging.publish()
-    staging._lock.release()
+    staging._lock.close()
 
 
 def test_what_was_published_before_a_kill_is_taken_for_done(out: Path, partial: Path) -> None:
