@@ -102,7 +102,7 @@ class BatMerger:
 
         bfloat16 is taken to be settled in float32; where it is not, 20 bytes a weight come on top.
         """
-        bytes_each = 20 if self._target == BF16 else 44
+        bytes_each = 16 if self._target == BF16 else 40
         return bytes_each * rows * columns + self._period.nbytes(rows) + self.recheck.nbytes
 
     def _round(

@@ -34,11 +34,10 @@ def round_to_half(
         The flat indices of elements that stay in doubt.
     """
     total = total.reshape(-1)
-    above = scratch.take("above", total.shape, F32)
     below = np.abs(total, out=scratch.take("part", total.shape, F32))
     form.store(form.align(total, total), out.view(np.uint16).reshape(-1), scratch)
     step = np.nextafter(np.float32(max(delta, _LEAST)), np.float32(np.inf))
-    np.add(below, step, out=above)
+    above = np.add(below, step, out=total)
     np.subtract(below, step, out=below)
     above, below = form.align(above, above), form.align(below, below)
     high, low = above.view(np.uint32), below.view(np.uint32)
