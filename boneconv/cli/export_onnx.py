@@ -55,11 +55,7 @@ __all__ = ["command"]
     help="With --runtime-adapters: compute BAT at run time too (1.5 to 2 times slower).",
 )
 @options.workers
-@click.option(
-    "--allow-base-mismatch",
-    is_flag=True,
-    help="Go on where the adapter's fingerprint names another base.",
-)
+@options.allow_base_mismatch
 @click.option(
     "--verify",
     "verified",

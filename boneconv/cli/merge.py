@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,13 +24,10 @@ __all__ = ["command"]
 @click.argument("base")
 @click.argument("adapter")
 @click.argument("out", type=click.Path())
-@click.option(
-    "--adapter",
-    "more",
-    multiple=True,
-    metavar="[NAME=]MORE",
-    help="A further adapter, applied after the first; with --component, NAME=PATH for another "
+@options.more_adapters(
+    "A further adapter, applied after the first; with --component, NAME=PATH for another "
     "component. May be repeated.",
+    "[NAME=]MORE",
 )
 @click.option(
     "--component",
@@ -81,11 +77,7 @@ __all__ = ["command"]
 @click.option(
     "--no-card", is_flag=True, help="Keep the base's README.md instead of writing a model card."
 )
-@click.option(
-    "--allow-base-mismatch",
-    is_flag=True,
-    help="Go on where the adapter's fingerprint names another base.",
-)
+@options.allow_base_mismatch
 @click.option(
     "--keep-delta",
     metavar="FILE",
@@ -136,7 +128,7 @@ def command(
     from boneconv.planning import plan_merge
 
     pairs = [_pair(text) for text in each]
-    more, components = _by_component(more) if component is not None else (more, {})
+    more, components = options.by_component(more) if component is not None else (more, {})
     settings: dict[str, Any] = {
         "component": component,
         "scale": scale,
@@ -158,9 +150,18 @@ def command(
     if verified:
         from boneconv.cli.verified import Adapters, MergeCheck
 
-        stacks: list[Adapters] = [[(component, (adapter, *more)), *components.items()]]
-        stacks += [[(component, (one,))] for one, _ in pairs]
-        check = MergeCheck(base, stacks, scale=scale, dtype=dtype, workers=workers, quiet=quiet)
+        outputs = [Adapters(adapter, more, components)]
+        outputs += [Adapters(one) for one, _ in pairs]
+        check = MergeCheck(
+            base,
+            outputs,
+            component=component,
+            scale=scale,
+            dtype=dtype,
+            allow_base_mismatch=allow_base_mismatch,
+            workers=workers,
+            quiet=quiet,
+        )
     bar = Bar("merging", quiet=quiet)
     try:
         with _executor(scheduler) as executor:
@@ -198,19 +199,6 @@ def _pair(text: str) -> tuple[str, str]:
     if not separator or not adapter or not out:
         raise click.UsageError(f"--each takes ADAPTER=OUT, not {one_line(text)}")
     return adapter, out
-
-
-def _by_component(more: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, list[str]]]:
-    """Adapters of the first component, and those of others: NAME=PATH, unless that is a path."""
-    first: list[str] = []
-    others: dict[str, list[str]] = {}
-    for text in more:
-        name, separator, path = text.partition("=")
-        if separator and path and name.isidentifier() and not Path(text).exists():
-            others.setdefault(name, []).append(path)
-        else:
-            first.append(text)
-    return tuple(first), others
 
 
 @contextmanager

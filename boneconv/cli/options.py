@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import click
 
-__all__ = ["as_json", "force", "more_adapters", "quiet", "verbose", "workers"]
+__all__ = [
+    "allow_base_mismatch",
+    "as_json",
+    "by_component",
+    "force",
+    "more_adapters",
+    "quiet",
+    "verbose",
+    "workers",
+]
 
 Decorator: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -23,6 +33,13 @@ workers: Decorator = click.option(
 )
 
 
+allow_base_mismatch: Decorator = click.option(
+    "--allow-base-mismatch",
+    is_flag=True,
+    help="Go on where the adapter's fingerprint names another base.",
+)
+
+
 def as_json(what: str = "result") -> Decorator:
     """``--json``, of what the command prints."""
     return click.option("--json", "as_json", is_flag=True, help=f"Print the {what} as JSON.")
@@ -33,6 +50,22 @@ def verbose(what: str) -> Decorator:
     return click.option("--verbose", "-v", is_flag=True, help=f"List {what}.")
 
 
-def more_adapters(help_text: str) -> Decorator:
+def more_adapters(help_text: str, metavar: str = "MORE") -> Decorator:
     """``--adapter``, for those after the first."""
-    return click.option("--adapter", "more", multiple=True, metavar="MORE", help=help_text)
+    return click.option("--adapter", "more", multiple=True, metavar=metavar, help=help_text)
+
+
+def by_component(more: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, list[str]]]:
+    """What ``--adapter`` gives beside ``--component``: adapters of that one, and those of others.
+
+    These are said as NAME=PATH, unless that is a path itself.
+    """
+    first: list[str] = []
+    others: dict[str, list[str]] = {}
+    for text in more:
+        name, separator, path = text.partition("=")
+        if separator and path and name.isidentifier() and not Path(text).exists():
+            others.setdefault(name, []).append(path)
+        else:
+            first.append(text)
+    return tuple(first), others

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,10 +14,22 @@ from boneconv.cli.console import Bar, note
 if TYPE_CHECKING:
     from boneconv.verification import Report
 
-__all__ = ["GraphCheck", "MergeCheck"]
+__all__ = ["Adapters", "GraphCheck", "MergeCheck"]
 
-#: The adapters of an output: with None, or with each component of a pipeline that has some.
-Adapters = Sequence[tuple[str | None, Sequence[str]]]
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of an output.
+
+    Attributes:
+        first: The first.
+        more: Further ones, applied in order.
+        components: Those of further components of a pipeline.
+    """
+
+    first: str
+    more: Sequence[str] = ()
+    components: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 class MergeCheck:
@@ -31,8 +44,10 @@ class MergeCheck:
         base: str,
         outputs: Sequence[Adapters],
         *,
+        component: str | None,
         scale: float,
         dtype: str,
+        allow_base_mismatch: bool,
         workers: int | None,
         quiet: bool,
     ) -> None:
@@ -41,14 +56,22 @@ class MergeCheck:
         Args:
             base: The merge's base.
             outputs: The adapters of each output, in the order in which they are completed.
+            component: The component of a pipeline that they are merged into.
             scale: The merge's scale.
             dtype: The merge's dtype.
+            allow_base_mismatch: As of the merge.
             workers: As of the merge.
             quiet: Whether to show neither progress nor remarks.
         """
         self.verdicts: list[str] = []
         self._base, self._outputs = base, iter(outputs)
-        self._scale, self._dtype, self._workers = scale, dtype, workers
+        self._settings: dict[str, Any] = {
+            "component": component,
+            "scale": scale,
+            "dtype": dtype,
+            "allow_base_mismatch": allow_base_mismatch,
+            "workers": workers,
+        }
         self._quiet = quiet
 
     def __call__(self, place: Path) -> None:
@@ -64,39 +87,30 @@ class MergeCheck:
         from boneconv.reporting.summary import headline
         from boneconv.reporting.table import verify_table
 
-        for component, adapters in next(self._outputs):
-            report = self._verify(component, adapters, place)
-            text = headline(report) if component is None else f"{component}: {headline(report)}"
-            self.verdicts.append(text)
-            if not report.passed:
-                click.echo(verify_table(report), err=True)
-                raise CheckFailedError(
-                    "the merged output failed its verification and was not published"
-                )
-            note(f"verified: {text}", quiet=self._quiet)
+        report = self._verify(next(self._outputs), place)
+        text = headline(report)
+        self.verdicts.append(text)
+        if not report.passed:
+            click.echo(verify_table(report), err=True)
+            raise CheckFailedError(
+                "the merged output failed its verification and was not published"
+            )
+        note(f"verified: {text}", quiet=self._quiet)
 
-    def _verify(self, component: str | None, adapters: Sequence[str], place: Path) -> Report:
-        from boneconv.io.hub import locate
-        from boneconv.planning.plan import wanted_of
+    def _verify(self, adapters: Adapters, place: Path) -> Report:
         from boneconv.verification import verify
 
-        base: str | Path = self._base
-        if component is not None:
-            base = locate(self._base, wanted_of(component)).path / component
-            place = place / component
         bar = Bar("verifying", quiet=self._quiet)
-        first, *more = adapters
         try:
             return verify(
-                base,
-                first,
+                self._base,
+                adapters.first,
                 place,
-                more=more,
-                scale=self._scale,
-                dtype=self._dtype,
+                more=adapters.more,
+                components=adapters.components,
                 tolerance="canonical",
-                workers=self._workers,
                 progress=bar,
+                **self._settings,
             )
         finally:
             bar.close()

@@ -22,7 +22,16 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.argument("base")
 @click.argument("adapter")
 @click.argument("candidate")
-@options.more_adapters("A further adapter, in the order of the merge; may be repeated.")
+@options.more_adapters(
+    "A further adapter, in the order of the merge; with --component, NAME=PATH for another "
+    "component. May be repeated.",
+    "[NAME=]MORE",
+)
+@click.option(
+    "--component",
+    metavar="NAME",
+    help="BASE and CANDIDATE are diffusers pipelines, and ADAPTER was merged into this component.",
+)
 @click.option(
     "--scale",
     type=float,
@@ -43,6 +52,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "CANDIDATE records it, else what accumulating in float32 may give; peft: also what PEFT's "
     "double rounding gives.",
 )
+@options.allow_base_mismatch
 @click.option(
     "--logits",
     is_flag=True,
@@ -68,9 +78,11 @@ def command(
     adapter: str,
     candidate: str,
     more: tuple[str, ...],
+    component: str | None,
     scale: float | None,
     dtype: str | None,
     tolerance: str,
+    allow_base_mismatch: bool,
     logits: bool,
     prompts: Path | None,
     as_json: bool,
@@ -84,8 +96,9 @@ def command(
     """Check that CANDIDATE is what BASE and ADAPTER mean, weight for weight.
 
     CANDIDATE is a merged folder or file, an ONNX graph, or a LoRA or MiSS adapter that was made of
-    ADAPTER. The exit code is 0 if it is, and 1 if it is not; what is wrong is named where that can
-    be told. In a step of GitHub's CI, the Markdown is added to its summary.
+    ADAPTER; with --component, a merged diffusers pipeline. The exit code is 0 if it is, and 1 if it
+    is not; what is wrong is named where that can be told. In a step of GitHub's CI, the Markdown is
+    added to its summary.
 
     Example: boneconv verify ./SmolLM2-135M ./my-bone-adapter ./merged --html report.html
     """
@@ -94,7 +107,9 @@ def command(
 
     files = {"junit": junit, "html": html, "markdown": markdown}
     places = [path for path in files.values() if path is not None]
-    check_places(places, [base, adapter, *more, candidate, *([str(prompts)] if prompts else [])])
+    more, components = options.by_component(more) if component is not None else (more, {})
+    adapters = [adapter, *more, *(path for paths in components.values() for path in paths)]
+    check_places(places, [base, *adapters, candidate, *([str(prompts)] if prompts else [])])
     bar = Bar("verifying", quiet=quiet)
     try:
         report = verify(
@@ -102,9 +117,12 @@ def command(
             adapter,
             candidate,
             more=more,
+            component=component,
+            components=components,
             scale=scale,
             dtype=dtype,
             tolerance=tolerance,
+            allow_base_mismatch=allow_base_mismatch,
             logits=logits,
             prompts=prompts,
             workers=workers,

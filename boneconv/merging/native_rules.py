@@ -1,17 +1,16 @@
-"""Rules of the native format that only a merge can check: R23, R30 and R31."""
+"""Rules of the native format that a merge checks as it reads: R23, R30 and R31."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from boneconv.digest import stored_digest
 from boneconv.engine.plan import Action, Plan
 from boneconv.engine.stream import ShardDigests
 from boneconv.errors import NonFiniteError
-from boneconv.formats.native import Violation, mismatch, value_faults
-from boneconv.io.files import Reader
+from boneconv.formats.native import Violation, value_faults
 from boneconv.io.safetensors import StoredTensor
 from boneconv.planning.accounts import Strength
+from boneconv.planning.fingerprints import base_mismatches
 from boneconv.planning.part import Part
 
 __all__ = ["mismatches", "numbered"]
@@ -23,25 +22,12 @@ def mismatches(parts: Sequence[Part], plan: Plan, digests: ShardDigests) -> list
     The digests come from the merge itself, which has read the weights anyway. A weight that another
     adapter replaced was not read, and is read here.
     """
-    known = {
-        (tensor.source.path, tensor.source.name): digests[name].base
-        for name, tensor in plan.named.items()
-        if tensor.action is Action.MERGE and isinstance(tensor.source, StoredTensor)
-    }
-    pairs = [
-        (strength.adapter, homes)
-        for part in parts
-        for strength, homes in zip(part.strengths, part.accounts.homes, strict=True)
-    ]
-    found = []
-    for adapter, homes in pairs:
-        base = {}
-        for name in adapter.base_digests:
-            stored = homes[name]
-            base[name] = known.get((stored.path, stored.name)) or _read_digest(stored)
-        violation = mismatch(adapter, base)
-        found += [] if violation is None else [violation]
-    return found
+    known = {}
+    for name, tensor in plan.named.items():
+        digest = digests[name].base if tensor.action is Action.MERGE else None
+        if digest is not None and isinstance(tensor.source, StoredTensor):
+            known[tensor.source.path, tensor.source.name] = digest
+    return base_mismatches(parts, known)
 
 
 def numbered(error: NonFiniteError, strengths: tuple[Strength, ...]) -> NonFiniteError:
@@ -58,8 +44,3 @@ def numbered(error: NonFiniteError, strengths: tuple[Strength, ...]) -> NonFinit
     if not native:
         return error
     return error.restated(f"R31: {error.message}", error.path)
-
-
-def _read_digest(tensor: StoredTensor) -> str:
-    with Reader(tensor.path) as reader:
-        return stored_digest(tensor, reader)

@@ -17,7 +17,6 @@ from boneconv.io.safetensors import StoredTensor
 from boneconv.io.staging import require_space
 from boneconv.io.weight_files import is_weight_copy
 from boneconv.onnx.child import accept_in_child
-from boneconv.onnx.fingerprint import base_mismatches
 from boneconv.onnx.outcome import Made
 from boneconv.onnx.patching.check import check_patched
 from boneconv.onnx.patching.jobs import plan_jobs
@@ -25,6 +24,7 @@ from boneconv.onnx.patching.patch import Patched, patch_graph
 from boneconv.onnx.record import patched_tensors
 from boneconv.onnx.request import Request
 from boneconv.planning import MergePlan
+from boneconv.planning.fingerprints import base_mismatches
 from boneconv.planning.record import RECORD_NAME
 
 __all__ = ["export_by_patch"]
@@ -73,7 +73,7 @@ def export_by_patch(
         weights=len(jobs),
         tensors=patched_tensors(patched.written),
         options={"graph": file_digest(graph.path)},
-        strangers=tuple(base_mismatches(plan, _known(plan, patched))),
+        strangers=tuple(base_mismatches(plan.parts, _known(plan, patched))),
     )
 
 

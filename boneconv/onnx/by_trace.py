@@ -17,13 +17,13 @@ from boneconv.errors import UsageError
 from boneconv.io.checkpoint import open_checkpoint
 from boneconv.io.files import machine_errors
 from boneconv.io.safetensors import StoredTensor
-from boneconv.onnx.fingerprint import base_mismatches
 from boneconv.onnx.outcome import Made
 from boneconv.onnx.request import Request
 from boneconv.onnx.runtime.export import RuntimeSummary, export_runtime_adapters
 from boneconv.onnx.tracing.genai import build_genai
 from boneconv.onnx.tracing.trace import TraceSummary, copy_side_files, trace_graph
 from boneconv.planning import MergePlan
+from boneconv.planning.fingerprints import base_mismatches
 from boneconv.planning.record import RECORD_NAME
 
 __all__ = ["export_apart", "export_by_trace"]
@@ -53,7 +53,7 @@ def export_by_trace(
             _move_single(folder, target, request)
     tensors = {tensor.name: {"digest": digests[tensor.name].output} for tensor in _changed(plan)}
     return Made(
-        _GRAPH, weights, tensors, options, tuple(base_mismatches(plan, _known(plan, digests)))
+        _GRAPH, weights, tensors, options, tuple(base_mismatches(plan.parts, _known(plan, digests)))
     )
 
 
@@ -92,7 +92,8 @@ def export_apart(
         finally:
             shutil.rmtree(place, ignore_errors=True)
     copy_side_files(checkpoint, target)
-    return Made(summary.graph.name, summary.modules, {}, options, tuple(base_mismatches(plan, {})))
+    strangers = tuple(base_mismatches(plan.parts, {}))
+    return Made(summary.graph.name, summary.modules, {}, options, strangers)
 
 
 def _trace(

@@ -85,7 +85,7 @@ def _facts(report: Report) -> list[str]:
 
 def _findings(report: Report) -> list[str]:
     return [
-        plain(f"{finding.severity}: {finding.message} [{finding.code}]")
+        f"{plain(f'{finding.severity}: {finding.message}')} [{finding.code}]"
         for finding in (*errors(report), *notices(report))
     ]
 
@@ -94,7 +94,7 @@ def _failures(groups: Sequence[Group]) -> list[str]:
     lines = []
     for group in groups[:_SHOWN_GROUPS]:
         code = f" [{group.code}]" if group.code else ""
-        lines.append(plain(f"{count(len(group.tensors), 'tensor')}: {group.text}{code}"))
+        lines.append(plain(f"{count(len(group.tensors), 'tensor')}: {group.text}") + code)
         lines += [plain(f"  {tensor.name}") for tensor in group.tensors[:_SHOWN_NAMES]]
         lines += _rest(len(group.tensors) - _SHOWN_NAMES, "  ")
     return lines + _rest(len(groups) - _SHOWN_GROUPS, "")

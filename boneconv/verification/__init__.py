@@ -9,6 +9,6 @@ from __future__ import annotations
 
 from boneconv.verification.difference import diff
 from boneconv.verification.report import DiffReport, Report
-from boneconv.verification.run import verify, verify_plan
+from boneconv.verification.run import verify
 
-__all__ = ["DiffReport", "Report", "diff", "verify", "verify_plan"]
+__all__ = ["DiffReport", "Report", "diff", "verify"]

@@ -106,9 +106,14 @@ def verify_tensors(
         by_file: Whether the places are files.
     """
     wanted = {tensor.name: tensor for tensor in planned.plan.tensors}
+    fingerprinted = any(strength.adapter.base_digests for strength in planned.strengths)
     groups = [
         [
-            Pair(like(tensor, held[tensor.name].dtype), held[tensor.name])
+            Pair(
+                like(tensor, held[tensor.name].dtype),
+                held[tensor.name],
+                hashed=fingerprinted and tensor.kernel is None,
+            )
             for tensor in shard.tensors
             if tensor.name in held and comparable(tensor, held[tensor.name])
         ]

@@ -21,6 +21,7 @@ from boneconv.names import resolve
 from boneconv.planning.plan import MergePlan, Options, PathLike, plan_located, stacks
 from boneconv.verification.alternatives import expected
 from boneconv.verification.bands import Band, compare_updates
+from boneconv.verification.fingerprints import check_base
 from boneconv.verification.lora import judge_lora, open_lora
 from boneconv.verification.measures import Measures
 from boneconv.verification.places import kind_of, layer_of
@@ -52,6 +53,7 @@ def verify_converted(
     kind: CandidateKind,
     *,
     scale: float | None,
+    allow_base_mismatch: bool,
     progress: Progress | None,
 ) -> Report:
     """Holds a LoRA or another adapter against the one that it stands for.
@@ -69,6 +71,7 @@ def verify_converted(
     else:
         judged, rule = _adapter(base, wanted, candidate, progress), "canonical"
     tensors = tuple(report for report, _ in judged)
+    notes += check_base(planned, {}, {}, allowed=allow_base_mismatch)
     findings = [*findings_of(tensors, wanted, rule), *notes]
     return Report(
         base=base.given,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from boneconv.digest import tensor_digest
 from boneconv.engine.workers import Place, can_fork, run_queues, usable_cores
 from boneconv.verification.measures import Measures, together
 from boneconv.verification.pairs import Heads, Pair, Part, Worker, tasks_of
@@ -19,10 +20,12 @@ class Found:
     Attributes:
         measures: Of all its elements.
         heads: Digests of its first bytes; None where it is empty.
+        base: The digest of what it is merged into; None where it is not wanted.
     """
 
     measures: Measures
     heads: Heads | None
+    base: str | None = None
 
 
 def compare_pairs(
@@ -46,9 +49,8 @@ def compare_pairs(
         FormatError, MachineError: Reading failed.
     """
     queues = [tasks_of(pairs) for pairs in groups]
-    parts: dict[str, dict[int, Part]] = {
-        pair.planned.name: {} for pairs in groups for pair in pairs
-    }
+    by_name = {pair.planned.name: pair for pairs in groups for pair in pairs}
+    parts: dict[str, dict[int, Part]] = {name: {} for name in by_name}
 
     def on_done(place: Place, part: Part) -> None:
         segment = queues[place[0]][place[1]].segment
@@ -62,10 +64,13 @@ def compare_pairs(
         workers or usable_cores(),
         processes=can_fork(),
     )
-    return {name: _joined(found) for name, found in parts.items()}
+    return {name: _joined(by_name[name], found) for name, found in parts.items()}
 
 
-def _joined(parts: Mapping[int, Part]) -> Found:
+def _joined(pair: Pair, parts: Mapping[int, Part]) -> Found:
     ordered = [parts[first] for first in sorted(parts)]
     measures = together([part.measures for part in ordered])
-    return Found(measures, ordered[0].heads if ordered else None)
+    leaves = [leaf for part in ordered for leaf in part.leaves]
+    source = pair.planned.source
+    base = tensor_digest(source.dtype, source.shape, leaves) if leaves else None
+    return Found(measures, ordered[0].heads if ordered else None, base)

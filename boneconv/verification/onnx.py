@@ -29,6 +29,7 @@ from boneconv.planning.plan import MergePlan, Options, PathLike, plan_located, s
 from boneconv.verification.candidate import read_record
 from boneconv.verification.checkpoint import verify_tensors
 from boneconv.verification.elimination import nearest
+from boneconv.verification.fingerprints import check_base
 from boneconv.verification.report import (
     CandidateKind,
     FileReport,
@@ -53,6 +54,7 @@ def verify_graph(
     *,
     scale: float | None,
     tolerance: str,
+    allow_base_mismatch: bool,
     workers: int | None,
     progress: Progress | None,
 ) -> Report:
@@ -64,6 +66,7 @@ def verify_graph(
         candidate: An ``.onnx`` file, or a folder with one.
         scale: S in ``W + S (W' - W)``; None for what the graph's record says, else 1.
         tolerance: As of `verify`.
+        allow_base_mismatch: As of `verify`.
         workers: Workers that compute.
         progress: Is told how far it is.
 
@@ -104,6 +107,7 @@ def verify_graph(
     outcome = verify_tensors(kept, held, place_of, rule, workers=workers, progress=progress)
     notes += [*_unused(rest), *absent, *settings.findings]
     notes += check_record(planned, settings.scale, record)
+    notes += check_base(planned, outcome.found, record, allowed=allow_base_mismatch)
     tensors = outcome.tensors
     changed = [
         outcome.found[t.name].measures

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import blake3
 import numpy as np
 
+from boneconv.digest import LeafHasher
 from boneconv.dtypes import F64, FLOATS
 from boneconv.engine.compute import read_rows
 from boneconv.engine.dequantise import Dequantisation
@@ -51,10 +52,12 @@ class Pair:
     Attributes:
         planned: What it should be; its dtype is the candidate's.
         held: The candidate's tensor.
+        hashed: Whether digests of what it is merged into are wanted.
     """
 
     planned: PlannedTensor
     held: Tensor
+    hashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,17 @@ class Heads:
 
 @dataclass(frozen=True)
 class Part:
-    """What a worker found in a segment; heads come with a tensor's first one."""
+    """What a worker found in a segment.
+
+    Attributes:
+        measures: How far off the candidate is.
+        heads: Of a tensor's first segment.
+        leaves: Digests of the base's bytes, where they are wanted.
+    """
 
     measures: Measures
     heads: Heads | None = None
+    leaves: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,11 +171,13 @@ class Worker(OpenFiles):
     def _merged(self, task: Task) -> Part:
         segment, planned, held = task.segment, task.pair.planned, task.pair.held
         merger, reach = self._prepared(planned)
-        found, heads = Measures(), None
+        found, heads, base = Measures(), None, LeafHasher()
         step = merger.preferred_rows()
         for first, count in segment.chunks(step):
             shape = (count, segment.row_elements)
             rows = self._read_source(planned, first, shape)
+            if task.pair.hashed:
+                base.update(byte_view(rows))
             have = self._read(held, first, shape, "have")
             want = self._scratch.take("want", shape, FLOATS[planned.dtype])
             merger.merge(rows, first, want, self._scratch)
@@ -175,7 +187,7 @@ class Worker(OpenFiles):
             part = compare_merged(rows, first, want, have, judge, self._scratch)
             self._unexplained += part.unexplained
             found += part
-        return Part(found, heads)
+        return Part(found, heads, tuple(base.leaves()))
 
     def _values(self, task: Task) -> Part:
         segment, planned, held = task.segment, task.pair.planned, task.pair.held

@@ -22,12 +22,13 @@ from boneconv.planning.plan import (
 )
 from boneconv.verification.candidate import kind_of_candidate, open_candidate, read_record
 from boneconv.verification.checkpoint import Outcome, verify_checkpoint
+from boneconv.verification.fingerprints import check_base
 from boneconv.verification.parts import verify_pipeline
 from boneconv.verification.report import CandidateKind, Finding, Report, TensorAction
 from boneconv.verification.settings import Settings, check_record, infer, rule_of
 from boneconv.verification.summary import ordered_findings, totals_of
 
-__all__ = ["verify", "verify_plan"]
+__all__ = ["verify"]
 
 _CHANGED = (TensorAction.MERGE, TensorAction.REPLACE, TensorAction.ADD)
 _CHECKPOINTS = (CandidateKind.CHECKPOINT, CandidateKind.FILE)
@@ -44,6 +45,7 @@ def verify(
     scale: float | None = None,
     dtype: str | None = None,
     tolerance: str = "default",
+    allow_base_mismatch: bool = False,
     logits: bool = False,
     prompts: PathLike | None = None,
     workers: int | None = None,
@@ -68,6 +70,9 @@ def verify(
         tolerance: ``default``: what a merge that accumulates in float32 may give; ``canonical``:
             every byte; ``peft``: also what PEFT's double rounding gives. A candidate whose record
             says that it is canonical is held to every byte.
+        allow_base_mismatch: Whether it is a warning, not an error, that a native adapter's
+            fingerprint says that it was made for another base. It is one where the candidate's
+            record says that the merge was told to go on.
         logits: Whether to compare the candidate's answers too (`boneconv.behaviour`). It takes
             torch, transformers and the memory of the model in float64.
         prompts: A file of prompts to compare answers on: one a line, or a list in a ``.json`` file.
@@ -96,6 +101,7 @@ def verify(
         scale=scale,
         dtype=dtype,
         tolerance=tolerance,
+        allow_base_mismatch=allow_base_mismatch,
         workers=workers,
         progress=progress,
     )
@@ -142,6 +148,7 @@ def _verify_weights(
     scale: float | None,
     dtype: str | None,
     tolerance: str,
+    allow_base_mismatch: bool,
     workers: int | None,
     progress: Progress | None,
 ) -> Report:
@@ -151,7 +158,15 @@ def _verify_weights(
     if component is not None or components:
         wanted = stacks(adapter, more, component, components)
         return _pipeline(
-            source, wanted, place, scale, dtype, tolerance, workers=workers, progress=progress
+            source,
+            wanted,
+            place,
+            scale,
+            dtype,
+            tolerance,
+            allow_base_mismatch=allow_base_mismatch,
+            workers=workers,
+            progress=progress,
         )
     stored = open_checkpoint(source.path).tensors
     kind = kind_of_candidate(place, frozenset(stored))
@@ -165,6 +180,7 @@ def _verify_weights(
             place,
             scale=scale,
             tolerance=tolerance,
+            allow_base_mismatch=allow_base_mismatch,
             workers=workers,
             progress=progress,
         )
@@ -173,7 +189,15 @@ def _verify_weights(
 
         if more:
             raise UsageError("a converted adapter stands for one adapter", path=place)
-        return verify_converted(source, adapter, place, kind, scale=scale, progress=progress)
+        return verify_converted(
+            source,
+            adapter,
+            place,
+            kind,
+            scale=scale,
+            allow_base_mismatch=allow_base_mismatch,
+            progress=progress,
+        )
     opened = open_candidate(place, kind)
     settings = infer(scale, dtype, opened.record, stored, opened.tensors)
     options = Options.parse(
@@ -186,49 +210,12 @@ def _verify_weights(
     planned = plan_located(source, stacks(adapter, more, None, None), options)
     rule, numerics = rule_of(tolerance, opened.record)
     outcome = verify_checkpoint(planned, opened, rule, workers=workers, progress=progress)
-    notes = [*settings.findings, *check_record(planned, settings.scale, opened.record)]
+    notes = [
+        *settings.findings,
+        *check_record(planned, settings.scale, opened.record),
+        *check_base(planned, outcome.found, opened.record, allowed=allow_base_mismatch),
+    ]
     return _report(planned, place, kind, settings, (rule, numerics), outcome, notes)
-
-
-def verify_plan(
-    planned: MergePlan,
-    candidate: Path,
-    *,
-    scale: float = 1.0,
-    dtype: str = "keep",
-    workers: int | None = None,
-    progress: Progress | None = None,
-) -> Report:
-    """Holds what a merge has written, before it is published, against the merge's own plan.
-
-    Args:
-        planned: The plan.
-        candidate: The folder or file that was written; it need not have its final name.
-        scale: The plan's strength, for the report.
-        dtype: The plan's dtype, for the report.
-        workers: As of `verify`.
-        progress: As of `verify`.
-
-    Returns:
-        The report, under the rule ``canonical``.
-
-    Raises:
-        NonFiniteError, FormatError, MachineError: As `verify`.
-    """
-    settings = Settings(scale, dtype, ())
-    kind = CandidateKind.CHECKPOINT if candidate.is_dir() else CandidateKind.FILE
-    if planned.is_pipeline:
-        record = {"numerics": "canonical"}
-        outcome = verify_pipeline(
-            planned, candidate, record, "canonical", workers=workers, progress=progress
-        )
-    else:
-        opened = open_candidate(candidate, kind)
-        opened = replace(opened, record={"numerics": "canonical"})
-        outcome = verify_checkpoint(
-            planned, opened, "canonical", workers=workers, progress=progress
-        )
-    return _report(planned, candidate, kind, settings, ("canonical", "canonical"), outcome, [])
 
 
 def _pipeline(
@@ -239,6 +226,7 @@ def _pipeline(
     dtype: str | None,
     tolerance: str,
     *,
+    allow_base_mismatch: bool,
     workers: int | None,
     progress: Progress | None,
 ) -> Report:
@@ -251,7 +239,11 @@ def _pipeline(
     )
     planned = plan_located(source, adapters, options)
     outcome = verify_pipeline(planned, candidate, record, rule, workers=workers, progress=progress)
-    notes = [*settings.findings, *check_record(planned, settings.scale, record)]
+    notes = [
+        *settings.findings,
+        *check_record(planned, settings.scale, record),
+        *check_base(planned, outcome.found, record, allowed=allow_base_mismatch),
+    ]
     kind = CandidateKind.CHECKPOINT
     return _report(planned, candidate, kind, settings, (rule, numerics), outcome, notes)
 

@@ -13,7 +13,7 @@ from junitparser import JUnitXml
 
 from boneconv.cli import run
 from boneconv.engine import commit
-from tests.builders import make_adapter, make_base, snapshot
+from tests.builders import base_tensors, make_adapter, make_base, snapshot
 
 SCHEMA = json.loads(
     (Path(__file__).parents[2] / "specs" / "verify-report-1.0.schema.json").read_text()
@@ -278,8 +278,35 @@ def test_components_of_a_pipeline_are_verified(
     (pipe / "model_index.json").write_text(json.dumps(index | parts))
     inputs = (pipe, make_adapter(tmp_path / "bat", "bat"), tmp_path / "out")
     other = f"text_encoder={make_adapter(tmp_path / 'bone')}"
-    options = ("--component", "unet", "--adapter", other, "--verify")
-    code, _, err = call(capfd, "merge", *inputs, *options)
+    options = ("--component", "unet", "--adapter", other)
+    passed = PASSED.replace("6", "12").replace("4", "8")
+    code, _, err = call(capfd, "merge", *inputs, *options, "--verify")
     assert code == 0
-    verdicts = [line for line in err.splitlines() if line.startswith("verified: ")]
-    assert verdicts == [f"verified: {name}: {PASSED}" for name in ("unet", "text_encoder")]
+    assert [line for line in err.splitlines() if "PASS" in line] == [f"verified: {passed}"]
+    code, out, err = call(capfd, "verify", *inputs, *options)
+    assert (code, err, out.splitlines()[0]) == (0, "", passed)
+    code, out, err = call(capfd, "verify", *inputs, "--component", "unet")
+    assert code == 1
+    assert "text_encoder/model.safetensors" in out
+    flip_last_bit(tmp_path / "out" / "text_encoder" / "model.safetensors")
+    code, out, _ = call(capfd, "verify", *inputs, *options)
+    assert (code, out.splitlines()[0]) == (
+        1,
+        "FAIL: 1 of 20 tensors is not what base and adapter mean",
+    )
+
+
+def test_an_adapter_of_another_base(merged: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    other = make_base(merged / "other", base_tensors(seed=1))
+    native = merged / "native"
+    arguments = (merged / "adapter", native, "--to", "native", "--base", other)
+    assert call(capfd, "convert", *arguments)[0] == 0
+    inputs = (merged / "base", native, merged / "merged")
+    code, out, _ = call(capfd, "verify", *inputs)
+    assert code == 1
+    assert out.splitlines()[0] == (
+        "FAIL: 6 of 6 weights are not those of the base that the adapter was made for"
+    )
+    code, out, _ = call(capfd, "verify", *inputs, "--allow-base-mismatch")
+    assert (code, out.splitlines()[0]) == (0, PASSED)
+    assert "[base-mismatch]" in out

@@ -12,8 +12,7 @@ import pytest
 
 import boneconv
 from boneconv.errors import FormatError, MissingPathError, NonFiniteError, UsageError
-from boneconv.planning import plan_merge
-from boneconv.verification import verify, verify_plan
+from boneconv.verification import verify
 from boneconv.verification.report import CandidateKind, Severity, Status, TensorAction
 from tests.builders import BF16, F16, F32, make_adapter, make_base, pack
 from tests.verification import models
@@ -272,16 +271,16 @@ def test_progress_reaches_its_end(tmp_path: Path) -> None:
     assert told.total == sum(told.done) > 0
 
 
-def test_the_plan_of_a_merge_is_enough(tmp_path: Path) -> None:
-    """As a merge does before it publishes: no record is there yet."""
+def test_a_merge_that_has_no_record_yet(tmp_path: Path) -> None:
+    """As `merge --verify` does, before it publishes."""
     case = make_case(tmp_path, files=FILES, config=CONFIG)
     boneconv.merge(case.base, case.adapter, tmp_path / "out")
     (tmp_path / "out" / "boneconv.json").unlink()
-    planned = plan_merge(case.base, case.adapter)
-    assert verify_plan(planned, tmp_path / "out", workers=1).passed
+    told = {"tolerance": "canonical", "workers": 1}
+    assert verify(case.base, case.adapter, tmp_path / "out", **told).passed
     name = "model-00002-of-00002.safetensors"
     shutil.copyfile(case.base / name, tmp_path / "out" / name)
-    report = verify_plan(planned, tmp_path / "out", workers=1)
+    report = verify(case.base, case.adapter, tmp_path / "out", **told)
     assert {f.code for f in report.findings} == {"stale-shard", "not-applied"}
 
 
