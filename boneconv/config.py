@@ -7,16 +7,15 @@ format records. This module imports neither torch nor numpy.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from boneconv.errors import ConfigError, DiskFullError, MachineError, NotABoneAdapterError
+from boneconv.errors import ConfigError, NotABoneAdapterError
+from boneconv.io.files import replacing
 from boneconv.strict_json import read_object
 
 __all__ = ["CONFIG_NAME", "Axis", "BoneConfig", "Variant"]
@@ -187,6 +186,7 @@ class BoneConfig:
 
         Raises:
             ConfigError: A field of ``auto_mapping`` or ``unknown`` holds what JSON does not.
+            MissingPathError: The folder is not there.
             DiskFullError, MachineError: The file cannot be written.
         """
         try:
@@ -195,7 +195,8 @@ class BoneConfig:
             )
         except (TypeError, ValueError) as error:
             raise ConfigError(f"the configuration is no JSON: {error}", path=path) from error
-        _replace_file(Path(path), f"{text}\n".encode())
+        with replacing(Path(path)) as draft:
+            draft.write_bytes(f"{text}\n".encode())
 
     def _check(self) -> None:
         _expect_int("r", self.r)
@@ -280,19 +281,3 @@ def _other_method(peft_type: object) -> str | None:
         return "The file needs the fields that PEFT 0.14 to 0.18 write for Bone"
     known = isinstance(peft_type, str) and peft_type.isidentifier() and len(peft_type) <= 40
     return f"Merge {peft_type if known else 'such'} adapters with the library that made them"
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """Writes a file under another name and renames it: it is whole whenever it is there."""
-    draft = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
-    try:
-        with draft.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else MachineError
-        raise kind(f"cannot be written: {error.strerror or error}", path=path) from error

@@ -14,7 +14,14 @@ from typing import Any, NoReturn
 
 from boneconv.errors import FormatError, MissingPathError, printable
 
-__all__ = ["MAX_BYTES", "MAX_DEPTH", "parse_object", "read_object"]
+__all__ = [
+    "MAX_BYTES",
+    "MAX_DEPTH",
+    "no_constant",
+    "parse_object",
+    "read_object",
+    "unique_keys",
+]
 
 #: The largest configuration or index file that is read: a 2 TB checkpoint's index is below 1 MB.
 MAX_BYTES = 64 * 1024 * 1024
@@ -54,8 +61,8 @@ def parse_object(text: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         value = json.loads(
             text.decode("utf-8"),
-            object_pairs_hook=_unique_keys,
-            parse_constant=_no_constant,
+            object_pairs_hook=unique_keys,
+            parse_constant=no_constant,
             parse_float=_finite,
             parse_int=_integer,
         )
@@ -75,12 +82,18 @@ def parse_object(text: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
     return value
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object from its members, for a parser; ValueError where a key stands twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
         repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {repeated!r} stands twice")
     return result
+
+
+def no_constant(name: str) -> NoReturn:
+    """Refuses NaN and infinity with a ValueError, for a parser."""
+    raise ValueError(f"{name} is not JSON")
 
 
 def _finite(number: str) -> float:
@@ -115,7 +128,3 @@ def _refuse_lone_surrogates(value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError("an escape is half of a surrogate pair") from error
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")

@@ -118,7 +118,7 @@ def carry_out_all(
         workers: How many workers compute.
         device: ``cpu``, or a torch device.
         executor: Does the shards, instead of workers of this process.
-        advance: Is told how many bytes were written.
+        advance: Is told how many bytes were written, `Plan.work_bytes` in all.
 
     Returns:
         The digests of every tensor, for each output, by `PlannedShard.output_name`.
@@ -155,7 +155,7 @@ def carry_out_all(
             )
         else:
             stream_on(executor, shards, path_of, device=device, advance=advance, finished=finished)
-        work = [place for output in outputs for place in output.complete()]
+        work = [place for output in outputs for place in output.complete(advance)]
         _publish_all(work)
     return [output.digests for output in outputs]
 
@@ -223,15 +223,15 @@ class _Output:
         self._note(shard, found)
         self.staging.record(shard.name, {"tensors": {k: asdict(v) for k, v in found.items()}})
 
-    def complete(self) -> list[Staging]:
+    def complete(self, advance: Callable[[int], None]) -> list[Staging]:
         """Writes all but the shards; what is to be published, in this order."""
         content = self._run.record(self.digests)
         if self.staging.published:
-            pass
+            advance(self._run.plan.copied_bytes)
         elif self._run.is_file:
             _write_file(self.staging.beside, content)
         else:
-            _write_folder(self._run.plan, self.staging.target)
+            _write_folder(self._run.plan, self.staging.target, advance)
             _write_file(self.staging.target / self._run.record_name, content)
         if self._run.before_publish is not None:
             self._run.before_publish(self._place, self.digests)
@@ -297,10 +297,11 @@ def _is_intact(path: Path, shard: PlannedShard, digests: ShardDigests) -> bool:
         return False
 
 
-def _write_folder(plan: Plan, target: Path) -> None:
+def _write_folder(plan: Plan, target: Path, advance: Callable[[int], None]) -> None:
     for name, source in plan.copies.items():
         copy_file(source, target / name)
         sync_file(target / name)
+        advance((target / name).stat().st_size)
     for name, content in plan.texts.items():
         _write_file(target / name, content)
 

@@ -195,11 +195,22 @@ class Plan:
         Raises:
             MissingPathError: A file to copy is a link that leads nowhere.
         """
+        written = sum(map(len, self.texts.values())) + self.record_bytes
+        return self.weight_bytes + self.copied_bytes + written
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the files that are copied; raises as `total_bytes`."""
         copied = 0
         for path in self.copies.values():
             with machine_errors(path):
                 copied += path.stat().st_size
-        return self.weight_bytes + copied + sum(map(len, self.texts.values())) + self.record_bytes
+        return copied
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes of tensors and copies, by which progress advances; raises as `total_bytes`."""
+        return sum(tensor.nbytes for tensor in self.tensors) + self.copied_bytes
 
     def by_action(self, action: Action) -> Sequence[PlannedTensor]:
         """The tensors with an action, in the order of the output."""

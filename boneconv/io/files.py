@@ -10,13 +10,13 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from boneconv.errors import DiskFullError, FormatError, MachineError, MissingPathError
 from boneconv.io.closing import Closing
 
-__all__ = ["Reader", "Writer", "machine_errors", "sync_file", "sync_folder"]
+__all__ = ["Reader", "Writer", "machine_errors", "replacing", "sync_file", "sync_folder"]
 
 _BINARY = getattr(os, "O_BINARY", 0)
 
@@ -140,3 +140,28 @@ def sync_folder(path: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a name beside a file's; what is made there is flushed and takes the file's place.
+
+    If either fails, or the caller does, the file is as it was, and nothing lies beside it.
+
+    Raises:
+        MissingPathError: The folder is not there.
+        DiskFullError, MachineError: The file cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise MissingPathError("no such folder", path=path.parent)
+    draft = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
+    with machine_errors(path):
+        try:
+            yield draft
+            sync_file(draft)
+            draft.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                draft.unlink()
+            raise
+    sync_folder(path.parent)

@@ -154,7 +154,7 @@ def merge(
         check_place(Path(keep_delta), outputs[0].out, source.path, force=force)
         kept = KeptDelta(Path(keep_delta), outputs[0].delta_job(), options.workers, force, advance)
     if progress is not None:
-        work = sum(tensor.nbytes for output in outputs for tensor in output.plan.tensors)
+        work = sum(output.plan.work_bytes for output in outputs)
         progress.start(work + (kept.work if kept is not None else 0))
     try:
         carry_out_all(

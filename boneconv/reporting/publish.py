@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from boneconv.errors import UsageError
-from boneconv.io.files import machine_errors, sync_folder
+from boneconv.io.files import machine_errors, replacing
 
 __all__ = ["SUMMARY_VARIABLE", "append_summary", "check_places", "write_report"]
 
@@ -39,20 +38,10 @@ def write_report(path: Path, text: str) -> None:
     Raises:
         MachineError: The folder cannot be written, or the disk is full.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with machine_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink()
-            raise
-    sync_folder(path.parent)
+    with replacing(path) as draft:
+        draft.write_bytes(text.encode())
 
 
 def append_summary(text: str, environment: Mapping[str, str] = os.environ) -> bool:

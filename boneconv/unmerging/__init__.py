@@ -122,7 +122,7 @@ def unmerge(
     delta_digest = None if known is None else file_digest(known.path)
     outcome = Outcome(source, record, adapters, known, delta_digest, plan)
     if progress is not None:
-        progress.start(sum(tensor.nbytes for tensor in plan.tensors))
+        progress.start(plan.work_bytes)
     digests = carry_out(
         plan,
         target,

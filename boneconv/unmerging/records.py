@@ -95,15 +95,36 @@ class RestoredTensor:
 def read_record(merged: Path) -> MergeRecord | None:
     """The record of a merged folder or file; None where there is none.
 
+    A component of a merged pipeline has its part of the pipeline's record, one folder up.
+
     Raises:
         FormatError: The record is malformed, or of a newer version.
         UsageError: The folder was written by an unmerge.
     """
     beside = merged.with_name(f"{merged.name}.{RECORD_NAME}")
     path = merged / RECORD_NAME if merged.is_dir() else beside
-    if not path.is_file():
+    if path.is_file():
+        return _parse(path, read_object(path), merged)
+    folder = merged.resolve()
+    path = folder.parent / RECORD_NAME
+    if not merged.is_dir() or not path.is_file():
         return None
-    value = read_object(path)
+    part = _of_component(read_object(path), folder.name)
+    return None if part is None else _parse(path, part, merged)
+
+
+def _of_component(record: dict[str, Any], component: str) -> dict[str, Any] | None:
+    """What a pipeline's record says of one component; None where it does not speak of it."""
+    prefix = f"{component}/"
+    tensors, adapters = record.get("tensors"), record.get("adapters")
+    if not isinstance(tensors, dict) or not isinstance(adapters, list):
+        return None
+    own = {n.removeprefix(prefix): entry for n, entry in tensors.items() if n.startswith(prefix)}
+    merged = [e for e in adapters if isinstance(e, dict) and e.get("component") == component]
+    return record | {"tensors": own, "adapters": merged} if own else None
+
+
+def _parse(path: Path, value: Mapping[str, Any], merged: Path) -> MergeRecord:
     if value.get("workflow") == "unmerge":
         raise UsageError("this is an unmerged checkpoint: nothing is merged into it", path=merged)
     if value.get("record_version") != _VERSION:

@@ -220,7 +220,9 @@ def test_progress_is_whole_when_resumed(
     interrupted()
     told: list[int] = []
     _run(plan, out, advance=told.append)
-    assert sum(told) == sum(tensor.nbytes for tensor in plan.tensors)
+    copied = sum(path.stat().st_size for path in plan.copies.values())
+    assert copied > 0
+    assert sum(told) == plan.work_bytes == sum(t.nbytes for t in plan.tensors) + copied
 
 
 def test_a_shard_without_tensors_is_written(plan: Plan, out: Path) -> None:
@@ -244,7 +246,14 @@ def test_what_was_published_is_not_written_again(
 ) -> None:
     fault = _Fault(monkeypatch, None, MachineError("x"))
     checked: list[Path] = []
-    digests = _run(plan, out, before_publish=lambda made, digests: checked.append(made))
+    told: list[int] = []
+    digests = _run(
+        plan,
+        out,
+        advance=told.append,
+        before_publish=lambda made, digests: checked.append(made),
+    )
+    assert sum(told) == plan.work_bytes
     assert fault.begun == []
     assert checked == [out]
     assert set(digests) == {tensor.name for tensor in plan.tensors}

@@ -19,7 +19,7 @@ from boneconv.errors import (
     MachineError,
     MissingPathError,
 )
-from boneconv.io.files import Reader, Writer, machine_errors, sync_folder
+from boneconv.io.files import Reader, Writer, machine_errors, replacing, sync_folder
 
 
 @pytest.fixture(params=["positioned", "seek"])
@@ -184,3 +184,36 @@ def test_any_range_of_any_file(
     end = data.draw(st.integers(begin, len(content)))
     with Reader(path) as reader:
         assert _read(reader, begin, end - begin) == content[begin:end]
+
+
+def test_a_file_is_replaced_once_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    with replacing(path) as draft:
+        draft.write_bytes(b"one")
+        assert not path.exists()
+    with replacing(path) as draft:
+        draft.write_bytes(b"two")
+        assert path.read_bytes() == b"one"
+    assert path.read_bytes() == b"two"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _disk_is_full(fd: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_file_that_cannot_be_replaced_is_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"one")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as draft:
+        draft.write_bytes(b"two")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "fsync", _disk_is_full)
+    with pytest.raises(DiskFullError), replacing(path) as draft:
+        draft.write_bytes(b"two")
+    with pytest.raises(MissingPathError, match="no such folder"), replacing(path / "x"):
+        pass
+    assert path.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [path]

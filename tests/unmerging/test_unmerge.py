@@ -240,6 +240,26 @@ def test_without_a_record_saved_tensors_are_lost(tmp_path: Path) -> None:
     _refused(tmp_path, InputError, "lost: replaced: model.embed_tokens.weight")
 
 
+def test_a_component_of_a_pipeline_has_its_part_of_the_record(tmp_path: Path) -> None:
+    parts = {name: ["transformers", "Model"] for name in ("unet", "text_encoder")}
+    for name in parts:
+        make_base(tmp_path / "pipeline" / name)
+    (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps(parts))
+    adapter = make_adapter(tmp_path / "adapter", "bat")
+    merged, back = tmp_path / "merged", tmp_path / "back"
+    boneconv.merge(tmp_path / "pipeline", adapter, merged, component="unet", scale=0.5)
+    result = boneconv.unmerge(merged / "unet", adapter, back)
+    assert result.exact is not None  # its digests are known
+    assert {each.name for each in result.restored} == {
+        f"{name}.weight" for name in blocks_for_all("bat")
+    }
+    record = json.loads((back / RECORD).read_text())
+    assert [each["scale"] for each in record["adapters"]] == [0.5]
+    other = make_adapter(tmp_path / "other")
+    with pytest.raises(InputError, match="not the adapters that were merged"):
+        boneconv.unmerge(merged / "unet", other, tmp_path / "nowhere")
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from boneconv.errors import FormatError, MissingPathError, NonFiniteError, Usage
 from boneconv.verification import verify
 from boneconv.verification.report import CandidateKind, Severity, Status, TensorAction
 from tests.builders import BF16, F16, F32, make_adapter, make_base, pack
+from tests.progress import Told
 from tests.verification import models
 from tests.verification.models import edit_json, make_case, rewrite, to, weight_name
 
@@ -248,20 +248,6 @@ def test_a_tied_head_may_be_written_once_or_twice(tmp_path: Path) -> None:
     trained = make_base(tmp_path / "other", case.weights | {head: case.weights[name][::-1].copy()})
     report = verify(trained, case.adapter, case.write(tensors), workers=1)
     assert [tensor.name for tensor in report.failures] == [head]
-
-
-@dataclass
-class Told:
-    """What a progress was told."""
-
-    total: int = 0
-    done: list[int] = field(default_factory=list)
-
-    def start(self, total: int) -> None:
-        self.total = total
-
-    def advance(self, nbytes: int) -> None:
-        self.done.append(nbytes)
 
 
 def test_progress_reaches_its_end(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
-from typing import Any, NoReturn
+from typing import Any
 
 from boneconv.errors import ConfigError
+from boneconv.strict_json import no_constant, unique_keys
 
 __all__ = ["LARGEST_INTEGER", "MAX_DEPTH", "encode", "parse", "spelled"]
 
@@ -36,8 +36,8 @@ def parse(text: bytes) -> dict[str, Any]:
         raise ValueError("its bytes are not UTF-8") from error
     value: dict[str, Any] = json.loads(
         decoded,
-        object_pairs_hook=_unique_keys,
-        parse_constant=_no_constant,
+        object_pairs_hook=unique_keys,
+        parse_constant=no_constant,
         parse_int=_integer,
         parse_float=_fraction,
     )
@@ -91,14 +91,6 @@ def _check_depth(text: bytes) -> None:
             depth -= 1
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {repeated!r} stands twice")
-    return result
-
-
 def _integer(text: str) -> int:
     if len(text) > 17 or abs(int(text)) > LARGEST_INTEGER:
         raise ValueError(f"the integer {text[:40]} is 2^53 or more in magnitude")
@@ -112,7 +104,3 @@ def _fraction(text: str) -> float:
     if math.isinf(value) or value.is_integer():
         raise ValueError(f"the number {text[:40]} is written as a fraction and is none")
     return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")

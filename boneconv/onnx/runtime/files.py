@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from boneconv.errors import (
     UsageError,
     listing,
 )
-from boneconv.io.files import machine_errors
+from boneconv.io.files import replacing
 from boneconv.kernels import RowMerger, Scratch, Stage
 from boneconv.kernels.stage import Array
 from boneconv.onnx.runtime.names import (
@@ -120,6 +119,7 @@ def write_adapter_file(
         ShapeError: A block does not fit its input.
         NonFiniteError: A block is not finite, or beyond the range of the graph's dtype.
         CheckFailedError: The file does not read back as it was written.
+        MissingPathError: The file's folder is not there.
         MachineError: The file cannot be written.
     """
     import onnxruntime
@@ -140,16 +140,9 @@ def write_adapter_file(
     adapter.set_adapter_version(_FORMAT)
     adapter.set_model_version(inputs.version)
     adapter.set_parameters(values)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with machine_errors(path):
-        try:
-            adapter.export_adapter(str(temporary.absolute()))
-            _check_written(temporary, values)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as draft:
+        adapter.export_adapter(str(draft.absolute()))
+        _check_written(draft, values)
     return tuple(values)
 
 
