@@ -17,7 +17,7 @@ LOWER: dict[str, set[str]] = {
     "errors": set(),
     "strict_json": {"errors"},
     "dtypes": set(),
-    "config": {"errors", "strict_json"},
+    "config": {"errors", "io", "strict_json"},
     "io": {"dtypes", "errors", "strict_json"},
     "digest": {"dtypes", "errors", "io"},
     "kernels": {"config", "dtypes", "errors"},

@@ -194,8 +194,8 @@ def spoil_when_complete(monkeypatch: pytest.MonkeyPatch, out: str) -> None:
     """Flips a bit of an output after its weights were written: what a bad disk may do."""
     honest = commit._write_folder
 
-    def spoiled(plan: Any, target: Path) -> None:
-        honest(plan, target)
+    def spoiled(plan: Any, target: Path, advance: Any) -> None:
+        honest(plan, target, advance)
         if target.parent.name.startswith(out):
             flip_last_bit(target / "model.safetensors")
 
