@@ -128,7 +128,7 @@ def command(
     from boneconv.planning import plan_merge
 
     pairs = [_pair(text) for text in each]
-    more, components = options.by_component(more) if component is not None else (more, {})
+    more, components = options.by_component(component, more)
     settings: dict[str, Any] = {
         "component": component,
         "scale": scale,

@@ -55,11 +55,15 @@ def more_adapters(help_text: str, metavar: str = "MORE") -> Decorator:
     return click.option("--adapter", "more", multiple=True, metavar=metavar, help=help_text)
 
 
-def by_component(more: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, list[str]]]:
-    """What ``--adapter`` gives beside ``--component``: adapters of that one, and those of others.
+def by_component(
+    component: str | None, more: tuple[str, ...]
+) -> tuple[tuple[str, ...], dict[str, list[str]]]:
+    """What ``--adapter`` gives: adapters of the ``--component``, if any, and those of others.
 
     These are said as NAME=PATH, unless that is a path itself.
     """
+    if component is None:
+        return more, {}
     first: list[str] = []
     others: dict[str, list[str]] = {}
     for text in more:

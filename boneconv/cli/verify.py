@@ -107,7 +107,7 @@ def command(
 
     files = {"junit": junit, "html": html, "markdown": markdown}
     places = [path for path in files.values() if path is not None]
-    more, components = options.by_component(more) if component is not None else (more, {})
+    more, components = options.by_component(component, more)
     adapters = [adapter, *more, *(path for paths in components.values() for path in paths)]
     check_places(places, [base, *adapters, candidate, *([str(prompts)] if prompts else [])])
     bar = Bar("verifying", quiet=quiet)

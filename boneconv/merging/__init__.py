@@ -1,7 +1,7 @@
 """Merging adapters into a checkpoint: a plan, carried out in one pass over the base.
 
-`run` has the engine write what `boneconv.planning` says, `native_rules` holds the digests that come
-out of it against an adapter's fingerprint, `kept_delta` keeps what restores the base.
+`run` has the engine write what `boneconv.planning` says, `native_rules` says which rule of the
+native format an error breaks, `kept_delta` keeps what restores the base.
 """
 
 from __future__ import annotations

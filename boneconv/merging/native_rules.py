@@ -1,33 +1,13 @@
-"""Rules of the native format that a merge checks as it reads: R23, R30 and R31."""
+"""Rules of the native format that a merge finds broken as it computes: R23 and R31."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from boneconv.engine.plan import Action, Plan
-from boneconv.engine.stream import ShardDigests
 from boneconv.errors import NonFiniteError
-from boneconv.formats.native import Violation, value_faults
+from boneconv.formats.native import value_faults
 from boneconv.io.safetensors import StoredTensor
 from boneconv.planning.accounts import Strength
-from boneconv.planning.fingerprints import base_mismatches
-from boneconv.planning.part import Part
 
-__all__ = ["mismatches", "numbered"]
-
-
-def mismatches(parts: Sequence[Part], plan: Plan, digests: ShardDigests) -> list[Violation]:
-    """What adapters were made for another base: a violation of R30 for each of these adapters.
-
-    The digests come from the merge itself, which has read the weights anyway. A weight that another
-    adapter replaced was not read, and is read here.
-    """
-    known = {}
-    for name, tensor in plan.named.items():
-        digest = digests[name].base if tensor.action is Action.MERGE else None
-        if digest is not None and isinstance(tensor.source, StoredTensor):
-            known[tensor.source.path, tensor.source.name] = digest
-    return base_mismatches(parts, known)
+__all__ = ["numbered"]
 
 
 def numbered(error: NonFiniteError, strengths: tuple[Strength, ...]) -> NonFiniteError:

@@ -21,7 +21,8 @@ from boneconv.io.hub import locate
 from boneconv.io.pth import PTH_SUFFIXES
 from boneconv.io.staging import check_all_free
 from boneconv.merging.kept_delta import KeptDelta, check_place
-from boneconv.merging.native_rules import mismatches, numbered
+from boneconv.merging.native_rules import numbered
+from boneconv.planning.fingerprints import base_mismatches
 from boneconv.planning.plan import (
     Components,
     MergePlan,
@@ -242,7 +243,8 @@ class _Output:
     def _record(self, digests: ShardDigests) -> bytes:
         """Checks the fingerprints, before anything is published, and makes the record."""
         planned = self.planned
-        self._strangers += mismatches(planned.parts, self.plan, digests)
+        bases = {name: each.base for name, each in digests.items()}
+        self._strangers += base_mismatches(planned, bases)
         if self._strangers and not self._allow_base_mismatch:
             raise self._strangers[0].error()
         return encode_record(

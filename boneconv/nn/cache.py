@@ -74,7 +74,8 @@ class WeightCache:
                 source is not known
                 or known.dtype is not dtype
                 or not known.is_set_to(view)
-                or torch._C._data_address(known) != address  # type: ignore[attr-defined]  # private
+                # no public call gives the address without taking it, as `Tensor.data_ptr` does
+                or torch._C._data_address(known) != address  # type: ignore[attr-defined]
                 or (version is not None and known._version != version)
             ):
                 return None

@@ -13,14 +13,13 @@ from boneconv.graphs import GRAPH_NAME, Graph, open_graph, refuse_quantised
 from boneconv.io.checkpoint import open_checkpoint
 from boneconv.io.copying import copy_file
 from boneconv.io.files import machine_errors
-from boneconv.io.safetensors import StoredTensor
 from boneconv.io.staging import require_space
 from boneconv.io.weight_files import is_weight_copy
 from boneconv.onnx.child import accept_in_child
 from boneconv.onnx.outcome import Made
 from boneconv.onnx.patching.check import check_patched
 from boneconv.onnx.patching.jobs import plan_jobs
-from boneconv.onnx.patching.patch import Patched, patch_graph
+from boneconv.onnx.patching.patch import patch_graph
 from boneconv.onnx.record import patched_tensors
 from boneconv.onnx.request import Request
 from boneconv.planning import MergePlan
@@ -68,12 +67,13 @@ def export_by_patch(
         note("ONNX Runtime lacks most bfloat16 kernels on the CPU: this graph was not loaded")
     if not request.is_file:
         _copy_side_files(plan, graph, target)
+    bases = {written.name: written.base for written in patched.written}
     return Made(
         graph=file.name,
         weights=len(jobs),
         tensors=patched_tensors(patched.written),
         options={"graph": file_digest(graph.path)},
-        strangers=tuple(base_mismatches(plan.parts, _known(plan, patched))),
+        strangers=tuple(base_mismatches(plan, bases)),
     )
 
 
@@ -87,17 +87,6 @@ def _name(graph: Graph) -> str:
 def _size(graph: Graph) -> int:
     files = {graph.path, *graph.data_files.values()}
     return sum(path.stat().st_size for path in files)
-
-
-def _known(plan: MergePlan, patched: Patched) -> dict[tuple[Path, str], str]:
-    """Digests of the base's tensors that were merged into."""
-    sources = {tensor.name: tensor.source for tensor in plan.plan.tensors}
-    known = {}
-    for written in patched.written:
-        source = sources[written.name]
-        if written.base is not None and isinstance(source, StoredTensor):
-            known[source.path, source.name] = written.base
-    return known
 
 
 def _copy_side_files(plan: MergePlan, graph: Graph, target: Path) -> None:

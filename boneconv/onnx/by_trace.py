@@ -16,7 +16,6 @@ from boneconv.engine.workers import usable_cores
 from boneconv.errors import UsageError
 from boneconv.io.checkpoint import open_checkpoint
 from boneconv.io.files import machine_errors
-from boneconv.io.safetensors import StoredTensor
 from boneconv.onnx.outcome import Made
 from boneconv.onnx.request import Request
 from boneconv.onnx.runtime.export import RuntimeSummary, export_runtime_adapters
@@ -52,9 +51,8 @@ def export_by_trace(
         if request.is_file:
             _move_single(folder, target, request)
     tensors = {tensor.name: {"digest": digests[tensor.name].output} for tensor in _changed(plan)}
-    return Made(
-        _GRAPH, weights, tensors, options, tuple(base_mismatches(plan.parts, _known(plan, digests)))
-    )
+    bases = {name: each.base for name, each in digests.items()}
+    return Made(_GRAPH, weights, tensors, options, tuple(base_mismatches(plan, bases)))
 
 
 def export_apart(
@@ -92,8 +90,7 @@ def export_apart(
         finally:
             shutil.rmtree(place, ignore_errors=True)
     copy_side_files(checkpoint, target)
-    strangers = tuple(base_mismatches(plan.parts, {}))
-    return Made(summary.graph.name, summary.modules, {}, options, strangers)
+    return Made(summary.graph.name, summary.modules, {}, options, tuple(base_mismatches(plan, {})))
 
 
 def _trace(
@@ -116,7 +113,7 @@ def _merged(
     """The merged checkpoint, in a folder beside the output that is removed in the end."""
     place = _beside(request.out, "merged")
     if progress is not None:
-        progress.start(sum(tensor.nbytes for tensor in plan.plan.tensors))
+        progress.start(plan.plan.work_bytes)
     try:
         digests = carry_out(
             plan.plan,
@@ -166,15 +163,6 @@ def _move_single(folder: Path, target: Path, request: Request) -> None:
 def _changed(plan: MergePlan) -> list[Any]:
     changed = set(plan.accounts.updates) | set(plan.accounts.replaced) | set(plan.accounts.added)
     return [tensor for tensor in plan.plan.tensors if tensor.name in changed]
-
-
-def _known(plan: MergePlan, digests: ShardDigests) -> dict[tuple[Path, str], str]:
-    return {
-        (tensor.source.path, tensor.source.name): base
-        for tensor in plan.plan.tensors
-        if isinstance(tensor.source, StoredTensor)
-        and (base := digests[tensor.name].base) is not None
-    }
 
 
 def _adapter_names(plan: MergePlan) -> list[str]:

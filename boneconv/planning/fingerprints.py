@@ -2,45 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from boneconv.digest import stored_digest
 from boneconv.formats.native import Violation, mismatch
 from boneconv.io.files import Reader
 from boneconv.io.safetensors import StoredTensor
-from boneconv.planning.part import Part
+from boneconv.planning.plan import MergePlan
 
-__all__ = ["KnownDigests", "base_mismatches"]
-
-#: Digests of a base's tensors, by file and name.
-KnownDigests = Mapping[tuple[Path, str], str]
+__all__ = ["base_mismatches"]
 
 
-def base_mismatches(parts: Sequence[Part], known: KnownDigests) -> list[Violation]:
+def base_mismatches(plan: MergePlan, digests: Mapping[str, str | None]) -> list[Violation]:
     """What adapters were made for another base: a violation for each of these.
 
     Args:
-        parts: The adapters, and their homes in the base.
-        known: Digests of tensors that were read anyway. Others that an adapter names are read here.
+        plan: The adapters, and their homes in the base.
+        digests: Of what was merged into, as far as it was read anyway, by the plan's names. Others
+            that an adapter names are made here, such as that of a weight which another adapter
+            replaced.
 
     Raises:
         FormatError, MachineError: The base cannot be read.
     """
-    pairs = [
-        (strength.adapter, homes)
-        for part in parts
-        for strength, homes in zip(part.strengths, part.accounts.homes, strict=True)
-    ]
+    known = _by_place(plan, digests)
     found = []
-    for adapter, homes in pairs:
-        digests = {name: _digest(homes[name], known) for name in adapter.base_digests}
-        violation = mismatch(adapter, digests)
-        found += [] if violation is None else [violation]
+    for part in plan.parts:
+        for strength, homes in zip(part.strengths, part.accounts.homes, strict=True):
+            adapter = strength.adapter
+            base = {name: _digest(homes[name], known) for name in adapter.base_digests}
+            violation = mismatch(adapter, base)
+            found += [] if violation is None else [violation]
     return found
 
 
-def _digest(stored: StoredTensor, known: KnownDigests) -> str:
+def _by_place(plan: MergePlan, digests: Mapping[str, str | None]) -> dict[tuple[Path, str], str]:
+    """Digests by the file and the name that the base has a tensor under."""
+    tensors = plan.plan.named
+    return {
+        (source.path, source.name): digest
+        for name, digest in digests.items()
+        if digest is not None and isinstance(source := tensors[name].source, StoredTensor)
+    }
+
+
+def _digest(stored: StoredTensor, known: Mapping[tuple[Path, str], str]) -> str:
     digest = known.get((stored.path, stored.name))
     if digest is None:
         with Reader(stored.path) as reader:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from boneconv.io.safetensors import StoredTensor
 from boneconv.planning.fingerprints import base_mismatches
 from boneconv.planning.plan import MergePlan
 from boneconv.verification.engine import Found
@@ -32,15 +31,10 @@ def check_base(
     Raises:
         FormatError, MachineError: The base cannot be read.
     """
-    tensors = planned.plan.named
-    known = {}
-    for name, each in found.items():
-        source = tensors[name].source
-        if each.base is not None and isinstance(source, StoredTensor):
-            known[source.path, source.name] = each.base
+    digests = {name: each.base for name, each in found.items()}
     told = allowed or record.get("fingerprint_ignored") is True
     severity = Severity.WARNING if told else Severity.ERROR
     return [
         Finding(severity, "base-mismatch", violation.message)
-        for violation in base_mismatches(planned.parts, known)
+        for violation in base_mismatches(planned, digests)
     ]

@@ -210,11 +210,8 @@ def _verify_weights(
     planned = plan_located(source, stacks(adapter, more, None, None), options)
     rule, numerics = rule_of(tolerance, opened.record)
     outcome = verify_checkpoint(planned, opened, rule, workers=workers, progress=progress)
-    notes = [
-        *settings.findings,
-        *check_record(planned, settings.scale, opened.record),
-        *check_base(planned, outcome.found, opened.record, allowed=allow_base_mismatch),
-    ]
+    notes = check_record(planned, settings.scale, opened.record)
+    notes += check_base(planned, outcome.found, opened.record, allowed=allow_base_mismatch)
     return _report(planned, place, kind, settings, (rule, numerics), outcome, notes)
 
 
@@ -239,11 +236,8 @@ def _pipeline(
     )
     planned = plan_located(source, adapters, options)
     outcome = verify_pipeline(planned, candidate, record, rule, workers=workers, progress=progress)
-    notes = [
-        *settings.findings,
-        *check_record(planned, settings.scale, record),
-        *check_base(planned, outcome.found, record, allowed=allow_base_mismatch),
-    ]
+    notes = check_record(planned, settings.scale, record)
+    notes += check_base(planned, outcome.found, record, allowed=allow_base_mismatch)
     kind = CandidateKind.CHECKPOINT
     return _report(planned, candidate, kind, settings, (rule, numerics), outcome, notes)
 
@@ -273,6 +267,6 @@ def _report(
         dtype=settings.dtype,
         tensors=outcome.tensors,
         files=outcome.files,
-        findings=ordered_findings([*outcome.findings, *notes]),
+        findings=ordered_findings([*outcome.findings, *settings.findings, *notes]),
         totals=totals_of(outcome.tensors, changed),
     )

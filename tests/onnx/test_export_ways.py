@@ -12,6 +12,7 @@ from boneconv import export_onnx, verify
 from boneconv.onnx.runtime.session import AdapterSession
 from tests.conftest import TinyCase
 from tests.oracle.tiny import Case
+from tests.progress import Told
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +25,10 @@ def case(tiny_case: TinyCase) -> Case:
 def test_a_traced_graph_holds_the_merge_rounded_once_to_its_own_dtype(
     case: Case, tmp_path: Path
 ) -> None:
-    result = export_onnx(case.base, case.adapter, tmp_path / "out", workers=1)
+    told = Told()
+    result = export_onnx(case.base, case.adapter, tmp_path / "out", workers=1, progress=told)
     assert result.method == "trace"
+    assert told.total == sum(told.done) > 0
     report = verify(case.base, case.adapter, tmp_path / "out", tolerance="canonical")
     assert report.passed, report.findings
     record = json.loads((tmp_path / "out" / "boneconv.json").read_text())
